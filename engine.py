@@ -1,0 +1,172 @@
+"""The compiled model: built from a checkpoint, or opened from where an earlier run saved it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import nvtripy as tp
+
+import model as model_module
+from model import GPT, GPTConfig
+from weight_loader import Checkpoint
+
+
+class EngineError(Exception):
+    """An engine folder cannot be used; one line says why."""
+
+
+class Engine:
+    """A compiled GPT and the key-value cache of the sequences that it is continuing.
+
+    Args:
+        executable: What :func:`compile_model` returned.
+        config: The model's configuration.
+        batch: How many sequences it was compiled for.
+    """
+
+    def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
+        self.batch, self.context = batch, config.n_positions
+        self._executable = executable
+        self._empty_cache = tp.zeros(config.cache_shape(batch), dtype=config.tripy_dtype).eval()
+        self._cache = self._empty_cache
+
+    def start(self) -> None:
+        """Forgets every sequence. What an unused slot holds is never read, so the old cache would do: this frees it."""
+        self._cache = self._empty_cache
+
+    def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Appends tokens to the sequences.
+
+        Args:
+            idx: Token ids, (B, T) int32.
+            position: Tokens that each sequence has already, (B,) int32.
+            last: For which token of each row logits are wanted, (B,) int32.
+
+        Returns:
+            Float32 logits, (B, V).
+        """
+        logits, self._cache = self._executable(_to_device(idx), _to_device(position), self._cache, _to_device(last))
+        return np.from_dlpack(tp.copy(logits, tp.device("cpu")))
+
+
+def _to_device(array: np.ndarray) -> tp.Tensor:
+    return tp.copy(tp.Tensor(np.ascontiguousarray(array)), tp.device("gpu"))
+
+
+def config_of(checkpoint: Checkpoint, dtype: str) -> GPTConfig:
+    """The model's configuration for a checkpoint, computed in ``dtype``."""
+    names = GPTConfig.__dataclass_fields__
+    return GPTConfig(**{name: value for name, value in asdict(checkpoint.config).items() if name in names}, dtype=dtype)
+
+
+def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
+    """The model with the checkpoint's weights.
+
+    Raises:
+        CheckpointError: the weights are not those of ``config``.
+    """
+    gpt = GPT(config)
+    # NumPy has no bfloat16 to hand over, so those weights go as float32 and are rounded in the graph, once, when it is compiled.
+    source_dtype = "float32" if config.dtype == "bfloat16" else config.dtype
+    wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
+    state = {}
+    for name, array in checkpoint.parameters(source_dtype):
+        tensor = tp.Tensor(array)
+        state[name] = tensor if tensor.dtype == wanted[name] else tp.cast(tensor, wanted[name])
+    gpt.load_state_dict(state)
+    return gpt
+
+
+def compile_model(gpt: GPT, batch: int) -> tp.Executable:
+    """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
+    config = gpt.config
+    tokens = (1, 1, config.n_positions)  # decoding, one token at a time, is what matters most
+    return tp.compile(
+        gpt,
+        args=[
+            tp.InputInfo((batch, tokens), dtype=tp.int32),
+            tp.InputInfo((batch,), dtype=tp.int32),
+            tp.InputInfo(config.cache_shape(batch), dtype=config.tripy_dtype),
+            tp.InputInfo((batch,), dtype=tp.int32),
+        ],
+    )
+
+
+def open_engine(
+    checkpoint: Checkpoint,
+    dtype: str,
+    batch: int,
+    folder: Path | None = None,
+    report: Callable[[str], None] = lambda message: None,
+) -> Engine:
+    """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and then saved.
+
+    An engine is current if it was made from the same weights, for the same type and batch, by the same code and the same nvtripy.
+
+    Raises:
+        EngineError: ``folder`` cannot be read or written.
+        CheckpointError: the checkpoint's weights cannot be loaded.
+    """
+    config = config_of(checkpoint, dtype)
+    if folder is None:
+        return Engine(compile_model(load_model(checkpoint, config), batch), config, batch)
+    _make_writable(folder)
+    name = f"{_file_name(checkpoint.path)}-{dtype}-batch{batch}"
+    path = folder / f"{name}-{_key(checkpoint, config, batch)}.engine"
+    if path.exists():
+        try:
+            engine = Engine(tp.Executable.load(str(path)), config, batch)
+            report(f"opened {path}")
+            return engine
+        except Exception as error:
+            # Any damage ends here, whatever nvtripy or the runtime make of it: the engine can always be built again.
+            report(f"{path} cannot be used ({str(error).strip().splitlines()[0]}): building it again")
+    executable = compile_model(load_model(checkpoint, config), batch)
+    _save(executable, path)
+    report(f"saved {path}")
+    for stale in folder.glob(f"{name}-*.engine"):
+        if stale != path:
+            stale.unlink(missing_ok=True)
+    return Engine(executable, config, batch)
+
+
+def _key(checkpoint: Checkpoint, config: GPTConfig, batch: int) -> str:
+    """Identifies everything that an engine is made from, but the runtime, which checks its own files itself."""
+    parts = [checkpoint.fingerprint(), repr(config), str(batch), tp.__version__]
+    for source in (model_module.__file__, __file__):
+        parts.append(hashlib.sha256(Path(source).read_bytes()).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _file_name(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name) or "model"
+
+
+def _make_writable(folder: Path) -> None:
+    """Creates the folder and proves, before any long work, that a file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EngineError(f"expected a writable engine folder but {folder} is not: {error.strerror}") from None
+
+
+def _save(executable: tp.Executable, path: Path) -> None:
+    """Writes beside the target and renames, so that an interrupted run leaves nothing half-written."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        executable.save(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise EngineError(f"cannot save the engine to {path}: {error.strerror}") from None
+    finally:
+        Path(partial).unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+"""The decode loop and sampling, used by every program in this repository.
+
+Sampling runs on the host, in NumPy, from a counter-based generator (Philox, Salmon et al. 2011): a sequence of tokens depends on the
+logits, the seed and the sample's number alone, not on the machine, the batch it ran in or the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+MAX_SEED = (1 << 64) - 1
+
+
+class CachedModel(Protocol):
+    """What generation needs of a model: ``engine.Engine`` has it."""
+
+    batch: int
+    context: int
+
+    def start(self) -> None:
+        """Forgets every sequence."""
+
+    def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Appends tokens (B, T) at ``position`` (B,) and returns the float32 logits (B, V) after each row's token ``last`` (B,)."""
+
+
+class Sampler:
+    """Picks a token from logits.
+
+    Args:
+        seed: Any integer from 0 to 2**64 - 1.
+        sample: The number of the sample under this seed; each number is an independent stream.
+        temperature: Divides the logits; 0 picks the most likely token (greedy).
+        top_k: Keep the k most likely tokens only; None keeps all.
+        top_p: Keep the most likely tokens that together reach this probability (nucleus sampling, Holtzman et al. 2020).
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        sample: int = 0,
+        temperature: float = 0.8,
+        top_k: int | None = 5,
+        top_p: float | None = None,
+    ) -> None:
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"expected a seed from 0 to {MAX_SEED} but got {seed}")
+        if not (0.0 <= temperature < float("inf")):
+            raise ValueError(f"expected a finite temperature of at least 0 but got {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"expected top-k to be at least 1 but got {top_k}")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise ValueError(f"expected top-p to be above 0 and at most 1 but got {top_p}")
+        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
+        self._random = np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64)))
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """A token id from logits (V,)."""
+        if self._temperature == 0.0:
+            return int(np.argmax(logits))
+        candidates = self._most_likely(logits)
+        scaled = logits[candidates].astype(np.float64) / self._temperature
+        weights = np.exp(scaled - scaled[0])
+        cumulative = np.cumsum(weights)
+        if self._top_p is not None:
+            # Up to and with the token that takes the sum over the bar, so that at least one stays.
+            kept = int(np.searchsorted(cumulative, self._top_p * cumulative[-1])) + 1
+            cumulative = cumulative[:kept]
+        drawn = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        return int(candidates[min(drawn, len(cumulative) - 1)])
+
+    def _most_likely(self, logits: np.ndarray) -> np.ndarray:
+        """Ids in falling order of their logits, the lower id first among equals; the first top-k of them."""
+        if self._top_k is None or self._top_k >= len(logits):
+            return np.argsort(-logits, kind="stable")
+        least = np.partition(logits, -self._top_k)[-self._top_k]
+        reaching = np.flatnonzero(logits >= least)
+        return reaching[np.argsort(-logits[reaching], kind="stable")][: self._top_k]
+
+
+def generate(
+    model: CachedModel,
+    prompts: Sequence[Sequence[int]],
+    samplers: Sequence[Sampler],
+    max_new_tokens: int,
+    done: set[int],
+) -> Iterator[list[tuple[int, int]]]:
+    """Continues prompts together, one token each a step.
+
+    Args:
+        model: The compiled model; its batch must hold all prompts.
+        prompts: Token ids of each prompt, at least one, and at most the context.
+        samplers: One for each prompt.
+        max_new_tokens: Stop after so many; a prompt stops earlier where the context is full.
+        done: Rows that need no more tokens. The caller adds to it between steps, the loop where a context is full.
+
+    Yields:
+        (row, token) for every row that is not done. Nothing is computed for a step whose tokens nobody asks for.
+
+    Raises:
+        ValueError: no prompt, too many, an empty one, or one longer than the context.
+    """
+    if not 1 <= len(prompts) <= model.batch:
+        raise ValueError(f"expected 1 to {model.batch} prompts but got {len(prompts)}")
+    for prompt in prompts:
+        if not 1 <= len(prompt) <= model.context:
+            raise ValueError(f"expected a prompt of 1 to {model.context} tokens but got {len(prompt)}")
+    if max_new_tokens < 1:
+        return
+    lengths = np.ones(model.batch, dtype=np.int32)  # rows that no prompt uses hold one token of padding
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    idx = np.zeros((model.batch, int(lengths.max())), dtype=np.int32)
+    for row, prompt in enumerate(prompts):
+        idx[row, : len(prompt)] = prompt
+    model.start()
+    logits = model.step(idx, np.zeros(model.batch, dtype=np.int32), lengths - 1)
+
+    tokens = np.zeros((model.batch, 1), dtype=np.int32)
+    for count in range(1, max_new_tokens + 1):
+        drawn = []
+        for row, sampler in enumerate(samplers):
+            if row not in done:
+                tokens[row, 0] = sampler(logits[row])
+                drawn.append((row, int(tokens[row, 0])))
+        yield drawn
+        done.update(row for row in range(len(prompts)) if lengths[row] >= model.context)
+        if count == max_new_tokens or len(done) >= len(prompts):
+            return
+        # Rows that are done go on in place: their result is not looked at, and their slot never leaves the context.
+        position = np.minimum(lengths, model.context - 1).astype(np.int32)
+        logits = model.step(tokens, position, np.zeros(model.batch, dtype=np.int32))
+        lengths += 1

@@ -1,0 +1,1 @@
+"""The compiler half: building a graph, and compiling it."""

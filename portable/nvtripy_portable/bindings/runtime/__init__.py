@@ -1,0 +1,1 @@
+"""The runtime half: arrays, streams and compiled functions."""

@@ -1,0 +1,222 @@
+"""``mlir_tensorrt.runtime.api``: memory, streams, and sessions that run executables.
+
+nvtripy knows a "cpu" and a "gpu". The portable runtime's execution device answers to "gpu"; both are host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from mlir_tensorrt.runtime import dlpack
+from nvtripy_portable import executable as portable
+from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Input
+from nvtripy_portable.interpreter import ExecutionError
+
+
+class MTRTException(Exception):
+    """A runtime error. nvtripy recognises some by their text and explains them in its own words."""
+
+
+class ScalarTypeCode(Enum):
+    """Element types, by their MLIR names."""
+
+    i1 = "i1"
+    i4 = "i4"
+    i8 = "i8"
+    i32 = "i32"
+    i64 = "i64"
+    f8e4m3fn = "f8e4m3fn"
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
+
+
+class PointerType(Enum):
+    host = 0
+    device = 1
+
+
+class MemRefValue(np.ndarray):
+    """An array that knows where it is.
+
+    It is an ndarray because nvtripy reads results through ``memoryview``, and Python 3.10 and 3.11 let only C types offer a buffer.
+    """
+
+    address_space: PointerType
+
+    @staticmethod
+    def view_of(array: np.ndarray, address_space: PointerType) -> MemRefValue:
+        memref = array.view(MemRefValue)
+        memref.address_space = address_space
+        return memref
+
+    @property
+    def dtype(self) -> ScalarTypeCode:  # type: ignore[override]
+        return ScalarTypeCode(DTYPE_NAMES[self.array.dtype])
+
+    @property
+    def array(self) -> np.ndarray:
+        """The same memory as a plain array."""
+        return self.view(np.ndarray)
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return dlpack.to_capsule(self.array, DTYPE_NAMES[self.array.dtype])
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (dlpack.CPU, 0)
+
+
+class Device:
+    """The one device."""
+
+
+class Stream:
+    """Calls complete before they return, so a stream has nothing to order and nothing to wait for."""
+
+    #: The address of a CUDA stream, for libraries that take one: null, CUDA's name of the default stream.
+    ptr = 0
+
+    def sync(self) -> None:
+        """Returns at once."""
+
+
+class RuntimeClient:
+    def __init__(self) -> None:
+        self._devices = [Device()]
+
+    def get_devices(self) -> list[Device]:
+        return self._devices
+
+    def create_stream(self) -> Stream:
+        return Stream()
+
+    def create_memref(
+        self,
+        array: Any = None,
+        *,
+        shape: Sequence[int],
+        dtype: ScalarTypeCode,
+        device: Device | None = None,
+        stream: Stream | None = None,
+    ) -> MemRefValue:
+        """Memory of the given shape and type, holding a copy of ``array``'s elements where one is given."""
+        numpy_dtype = DTYPES[dtype.value]
+        if array is None:
+            memory = np.zeros(tuple(shape), numpy_dtype)
+        else:
+            memory = np.array(array).astype(numpy_dtype).reshape(tuple(shape))
+        return MemRefValue.view_of(memory, PointerType.host if device is None else PointerType.device)
+
+    def create_memref_view_from_dlpack(self, capsule: Any, assert_canonical_strides: bool = True) -> MemRefValue:
+        try:
+            array, strides = dlpack.from_capsule(capsule)
+        except TypeError as error:
+            raise MTRTException(str(error)) from None
+        canonical = dlpack.canonical_strides(list(array.shape))
+        # The stride of a dimension of size one is never used, and of an empty array none is.
+        differs = any(size != 1 and a != b for size, a, b in zip(array.shape, strides, canonical, strict=True))
+        if assert_canonical_strides and differs and array.size:
+            raise MTRTException(
+                f"Given strides {strides} do not match canonical strides {canonical} for shape {list(array.shape)}"
+            )
+        return MemRefValue.view_of(array, PointerType.host)
+
+    def copy_to_host(self, device_memref: MemRefValue, **options: Any) -> MemRefValue:
+        return MemRefValue.view_of(device_memref.array.copy(), PointerType.host)
+
+    def copy_to_device(self, host_memref: MemRefValue, device: Device, **options: Any) -> MemRefValue:
+        return MemRefValue.view_of(host_memref.array.copy(), PointerType.device)
+
+
+class Signature:
+    def __init__(self, num_results: int) -> None:
+        self._num_results = num_results
+
+    def get_num_results(self) -> int:
+        return self._num_results
+
+
+class Executable:
+    """A compiled function, from the bytes that :meth:`serialize` gave or straight from the compiler."""
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            self.portable = portable.deserialize(data)
+        except portable.FormatError as error:
+            raise MTRTException(f"cannot load the executable: {error}") from None
+
+    @classmethod
+    def of(cls, executable: portable.Executable) -> Executable:
+        instance = cls.__new__(cls)
+        instance.portable = executable
+        return instance
+
+    def get_signature(self, name: str) -> Signature:
+        return Signature(len(self.portable.graph.outputs))
+
+    def serialize(self) -> bytes:
+        return self.portable.serialize()
+
+    def get_data_segments(self) -> list[tuple[str, bytes]]:
+        """Where TensorRT would have its engine, there is the portable executable itself."""
+        return [("portable", self.portable.serialize())]
+
+
+class RuntimeSessionOptions:
+    def __init__(self, num_devices: int, device_id: int) -> None:
+        """There is one device, whatever is asked for."""
+
+
+class RuntimeSession:
+    def __init__(self, options: RuntimeSessionOptions, executable: Executable) -> None:
+        self._executable = executable.portable
+
+    def execute_function(
+        self, name: str, in_args: Sequence[MemRefValue], stream: Stream | None = None, client: RuntimeClient | None = None
+    ) -> list[MemRefValue]:
+        arrays = [memref.array for memref in in_args]
+        _check_inputs(self._executable.graph.inputs, arrays)
+        try:
+            outputs = self._executable.run(arrays)
+        except ExecutionError as error:
+            raise MTRTException(str(error)) from error
+        return [MemRefValue.view_of(output, PointerType.device) for output in outputs]
+
+
+def _check_inputs(inputs: Sequence[Input], arrays: Sequence[np.ndarray]) -> None:
+    if len(inputs) != len(arrays):
+        raise MTRTException(f"function expects {len(inputs)} arguments but got {len(arrays)}")
+    named: dict[str, tuple[int, str]] = {}
+    for entry, array in zip(inputs, arrays, strict=True):
+        expected = entry.value.type
+        if array.dtype != DTYPES[expected.dtype]:
+            raise MTRTException(
+                f"{entry.name}: function expects a memref type with element type {expected.dtype} "
+                f"but got {DTYPE_NAMES[array.dtype]}"
+            )
+        if entry.value_bounds is not None:
+            value, least, greatest = int(array), entry.value_bounds.min[0], entry.value_bounds.max[0]
+            if not least <= value <= greatest:
+                raise MTRTException(f"{entry.name}: expected a value within [{least}, {greatest}] but got {value}")
+            continue
+        bounds = entry.shape_bounds
+        least_shape, greatest_shape = (bounds.min, bounds.max) if bounds else (expected.shape, expected.shape)
+        if array.ndim != len(least_shape) or any(
+            not low <= size <= high  # type: ignore[operator]
+            for low, size, high in zip(least_shape, array.shape, greatest_shape, strict=True)
+        ):
+            raise MTRTException(
+                f"Runtime shape mismatch: {entry.name} expects a shape within min={list(least_shape)}, "
+                f"max={list(greatest_shape)} but got {list(array.shape)}"
+            )
+        for index, symbol in entry.dimension_names.items():
+            size, first = named.setdefault(symbol, (array.shape[index], entry.name))
+            if size != array.shape[index]:
+                raise MTRTException(
+                    f"Runtime shape mismatch: dimension {symbol!r} is {size} in {first} "
+                    f"but {array.shape[index]} in {entry.name}: expected dimensions of one name to be equal"
+                )

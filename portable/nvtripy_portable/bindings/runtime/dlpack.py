@@ -1,0 +1,158 @@
+"""DLPack capsules in and out, without copies.
+
+NumPy speaks DLPack for its own types only. For bfloat16, float8 and int4, and to look at a capsule before it is consumed, the
+structures of ``dlpack.h`` (https://dmlc.github.io/dlpack/latest/c_api.html) are read and written here through ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import numpy as np
+
+from nvtripy_portable.graph import DTYPES
+
+CPU = 1  # kDLCPU, and in the other capsules kDLCUDAHost: memory that the host can read
+_HOST_DEVICES = (1, 3)
+_NAME = b"dltensor"
+_USED_NAME = b"used_dltensor"
+
+# (DLDataTypeCode, bits) of each element type. Codes: 0 int, 2 float, 4 bfloat, 6 bool, 10 float8_e4m3fn.
+_CODES = {
+    "i4": (0, 4),
+    "i8": (0, 8),
+    "i32": (0, 32),
+    "i64": (0, 64),
+    "f16": (2, 16),
+    "f32": (2, 32),
+    "bf16": (4, 16),
+    "i1": (6, 8),
+    "f8e4m3fn": (10, 8),
+}
+_NAMES = {code: name for name, code in _CODES.items()}
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype_code", ctypes.c_uint8),
+        ("dtype_bits", ctypes.c_uint8),
+        ("dtype_lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _DLManagedTensor(ctypes.Structure):
+    pass
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
+_DLManagedTensor._fields_ = (("dl_tensor", _DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter))
+
+_CapsuleDestructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_api = ctypes.pythonapi
+_new_capsule = _api.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _CapsuleDestructor)
+_is_valid = _api.PyCapsule_IsValid
+_is_valid.restype = ctypes.c_int
+_is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_get_pointer = _api.PyCapsule_GetPointer
+_get_pointer.restype = ctypes.c_void_p
+_get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_set_name = _api.PyCapsule_SetName
+_set_name.restype = ctypes.c_int
+_set_name.argtypes = (ctypes.py_object, ctypes.c_char_p)
+# In a destructor the capsule is already dying: it must not become a py_object again, so its address is used as is.
+_is_valid_address = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
+_get_pointer_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", _api)
+)
+
+# What an exported capsule needs while anybody holds it, by the address of its managed tensor.
+_exported: dict[int, tuple[Any, ...]] = {}
+
+
+@_Deleter
+def _release(managed: Any) -> None:
+    _exported.pop(ctypes.addressof(managed.contents), None)
+
+
+@_CapsuleDestructor
+def _destroy_unused(capsule: int) -> None:
+    if _is_valid_address(capsule, _NAME):
+        _exported.pop(_get_pointer_address(capsule, _NAME), None)
+
+
+def from_capsule(capsule: Any) -> tuple[np.ndarray, list[int]]:
+    """The array that a capsule describes, and its strides in elements. The array keeps the memory alive.
+
+    Raises:
+        TypeError: not an unused DLPack capsule, memory that the host cannot read, or an element type that nvtripy lacks.
+    """
+    if not _is_valid(capsule, _NAME):
+        raise TypeError("expected an unused DLPack capsule ('dltensor')")
+    address = _get_pointer(capsule, _NAME)
+    managed = _DLManagedTensor.from_address(address)
+    tensor = managed.dl_tensor
+    if tensor.device_type not in _HOST_DEVICES:
+        raise TypeError(
+            f"expected memory of the CPU but got DLPack device type {tensor.device_type}: the portable runtime runs on the "
+            "CPU; copy the array to the host first"
+        )
+    name = _NAMES.get((tensor.dtype_code, tensor.dtype_bits))
+    if name is None or tensor.dtype_lanes != 1 or name == "i4":
+        raise TypeError(
+            f"expected an element type out of {sorted(set(_CODES) - {'i4'})} but got DLPack type code "
+            f"{tensor.dtype_code} with {tensor.dtype_bits} bits"
+        )
+    shape = tensor.shape[: tensor.ndim]
+    canonical = canonical_strides(shape)
+    strides = tensor.strides[: tensor.ndim] if tensor.strides else canonical
+    dtype = DTYPES[name]
+    if 0 in shape:
+        array = np.empty(shape, dtype)
+    else:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        buffer = (ctypes.c_uint8 * (extent * dtype.itemsize)).from_address(tensor.data + tensor.byte_offset)
+        flat = np.frombuffer(buffer, dtype)
+        array = np.lib.stride_tricks.as_strided(flat, shape, [stride * dtype.itemsize for stride in strides])
+        # NumPy keeps `buffer` alive for as long as any view of it lives; the producer hears when it is gone.
+        weakref.finalize(buffer, _call_deleter, address)
+        _set_name(capsule, _USED_NAME)
+    return array, list(strides)
+
+
+def _call_deleter(address: int) -> None:
+    managed = _DLManagedTensor.from_address(address)
+    if managed.deleter:
+        managed.deleter(ctypes.pointer(managed))
+
+
+def canonical_strides(shape: list[int]) -> list[int]:
+    """Row-major strides, in elements."""
+    strides = [1] * len(shape)
+    for index in range(len(shape) - 2, -1, -1):
+        strides[index] = strides[index + 1] * shape[index + 1]
+    return strides
+
+
+def to_capsule(array: np.ndarray, dtype: str) -> Any:
+    """A capsule that views ``array`` (row-major) as elements of type ``dtype``."""
+    shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+    strides = (ctypes.c_int64 * array.ndim)(*canonical_strides(list(array.shape)))
+    code, bits = _CODES[dtype]
+    # One byte holds one int4 element here, which is what DLPack calls an 8-bit integer.
+    tensor = _DLTensor(
+        array.ctypes.data, CPU, 0, array.ndim, code, max(bits, 8), 1, shape, strides, 0
+    )
+    managed = _DLManagedTensor(tensor, None, _release)
+    _exported[ctypes.addressof(managed)] = (managed, shape, strides, array)
+    return _new_capsule(ctypes.addressof(managed), _NAME, _destroy_unused)

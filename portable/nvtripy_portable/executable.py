@@ -1,0 +1,193 @@
+"""A compiled function: its graph, ready to run or to be written to a file.
+
+The file holds nothing but data. Layout: the magic, the length of the header and its SHA-256 (so that a damaged file is refused
+before anything is built from it), the header (JSON: inputs, operations, outputs), then the constants' bytes, each at a multiple of 64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from dataclasses import asdict
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from nvtripy_portable import interpreter, reference
+from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Bounds, Graph, GraphError, Input, Operation, TensorType, Value
+from nvtripy_portable.plan import Plan
+
+_MAGIC = b"NVTPORT1"
+_PREFIX = struct.Struct("<8sQ32s")
+_ALIGNMENT = 64
+_MAX_RANK = 32
+
+
+class FormatError(ValueError):
+    """The bytes are not an executable that this version wrote."""
+
+
+class Executable:
+    """A graph and, once it has run, its plan."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._plan: Plan | None = None
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Outputs for ``inputs``, which must have been checked against the graph's own.
+
+        Raises:
+            ExecutionError: an operation failed on the shapes or values that reached it.
+        """
+        if self._plan is None:
+            self._plan = Plan(self.graph)
+        return interpreter.run(self._plan, inputs)
+
+    def serialize(self) -> bytes:
+        """The executable as bytes for :func:`deserialize`."""
+        chunks: list[bytes] = []
+        offset = 0
+
+        def store(value: np.ndarray) -> dict[str, Any]:
+            nonlocal offset
+            data = _pack(value)
+            padding = -offset % _ALIGNMENT
+            chunks.extend((b"\0" * padding, data))
+            offset += padding
+            entry = {"dtype": DTYPE_NAMES[value.dtype], "shape": value.shape, "offset": offset, "bytes": len(data)}
+            offset += len(data)
+            return entry
+
+        header = json.dumps(_encode(self.graph, store), separators=(",", ":")).encode()
+        start = _PREFIX.size + len(header)
+        prefix = _PREFIX.pack(_MAGIC, len(header), hashlib.sha256(header).digest())
+        return b"".join((prefix, header, b"\0" * (-start % _ALIGNMENT), *chunks))
+
+
+def deserialize(data: bytes) -> Executable:
+    """An executable from :meth:`Executable.serialize`'s bytes.
+
+    Raises:
+        FormatError: the bytes are anything else. Nothing in them is ever executed.
+    """
+    if len(data) < _PREFIX.size:
+        raise FormatError(f"expected an executable of at least {_PREFIX.size} bytes but got {len(data)}")
+    magic, length, digest = _PREFIX.unpack_from(data)
+    if magic != _MAGIC:
+        raise FormatError(f"expected an executable that starts with {_MAGIC!r} but got {magic!r}")
+    header = data[_PREFIX.size : _PREFIX.size + length]
+    if len(header) != length or hashlib.sha256(header).digest() != digest:
+        raise FormatError("the executable's header is truncated or damaged")
+    start = _PREFIX.size + length
+    constants = memoryview(data)[start + (-start % _ALIGNMENT) :]
+    try:
+        return Executable(_decode(json.loads(header), constants))
+    except (KeyError, IndexError, TypeError, ValueError, GraphError) as error:
+        raise FormatError(f"the executable's header makes no sense: {error!r}") from None
+
+
+def _pack(value: np.ndarray) -> bytes:
+    """Little-endian bytes in row-major order; int4 two elements a byte, the first in the low half."""
+    if value.dtype != ml_dtypes.int4:
+        return value.tobytes()
+    nibbles = value.astype(np.int8).reshape(-1).view(np.uint8) & 0xF
+    nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
+    return (nibbles[0::2] | (nibbles[1::2] << 4)).tobytes()
+
+
+def _unpack(data: memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    size = math.prod(shape)
+    if dtype != ml_dtypes.int4:
+        return np.frombuffer(data, dtype).reshape(shape)
+    packed = np.frombuffer(data, np.uint8)
+    nibbles = np.stack((packed & 0xF, packed >> 4), axis=-1).reshape(-1)[:size].astype(np.int8)
+    return np.where(nibbles > 7, nibbles - 16, nibbles).astype(dtype).reshape(shape)
+
+
+def _encode(graph: Graph, store: Any) -> dict[str, Any]:
+    numbers: dict[Value, int] = {}
+
+    def define(value: Value) -> dict[str, Any]:
+        numbers[value] = len(numbers)
+        return {"dtype": value.type.dtype, "shape": value.type.shape}
+
+    inputs = [
+        {
+            "name": entry.name,
+            "type": define(entry.value),
+            "shape_bounds": entry.shape_bounds and asdict(entry.shape_bounds),
+            "dimension_names": entry.dimension_names,
+            "value_bounds": entry.value_bounds and asdict(entry.value_bounds),
+        }
+        for entry in graph.inputs
+    ]
+    operations = []
+    for operation in graph.operations:
+        attributes = dict(operation.attributes)
+        if operation.kind == "constant":
+            attributes["value"] = store(attributes["value"])
+        operations.append(
+            {
+                "kind": operation.kind,
+                "operands": [None if operand is None else numbers[operand] for operand in operation.operands],
+                "attributes": attributes,
+                "results": [define(result) for result in operation.results],
+                "location": operation.location,
+            }
+        )
+    return {"inputs": inputs, "operations": operations, "outputs": [numbers[output] for output in graph.outputs]}
+
+
+def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
+    values: list[Value] = []
+
+    def decode_type(entry: dict[str, Any]) -> TensorType:
+        if entry["dtype"] not in DTYPES or len(entry["shape"]) > _MAX_RANK:
+            raise FormatError(f"unknown tensor type {entry}")
+        return TensorType(entry["dtype"], tuple(entry["shape"]))
+
+    def decode_bounds(entry: dict[str, Any] | None) -> Bounds | None:
+        return entry and Bounds(**{name: tuple(entry[name]) for name in ("min", "opt", "max")})
+
+    graph = Graph()
+    for entry in header["inputs"]:
+        values.append(Value(decode_type(entry["type"])))
+        graph.inputs.append(
+            Input(
+                values[-1],
+                entry["name"],
+                decode_bounds(entry["shape_bounds"]),
+                {int(index): name for index, name in entry["dimension_names"].items()},
+                decode_bounds(entry["value_bounds"]),
+            )
+        )
+    for entry in header["operations"]:
+        attributes = {name: _as_tuple(value) for name, value in entry["attributes"].items()}
+        if entry["kind"] == "constant":
+            attributes["value"] = _load(attributes["value"], constants)
+        elif entry["kind"] not in reference.OPERATIONS:
+            raise FormatError(f"unknown operation {entry['kind']!r}")
+        operands = [None if index is None else values[index] for index in entry["operands"]]
+        result_types = [decode_type(each) for each in entry["results"]]
+        operation = graph.add(Operation(entry["kind"], operands, attributes, result_types, entry["location"]))
+        values.extend(operation.results)
+    graph.outputs = [values[index] for index in header["outputs"]]
+    return graph
+
+
+def _load(entry: dict[str, Any], constants: memoryview) -> np.ndarray:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(dim) for dim in entry["shape"])
+    size = math.prod(shape)
+    expected = (size + 1) // 2 if dtype == ml_dtypes.int4 else size * dtype.itemsize
+    data = constants[entry["offset"] : entry["offset"] + entry["bytes"]]
+    if min(shape, default=0) < 0 or entry["offset"] < 0 or entry["bytes"] != expected or len(data) != expected:
+        raise FormatError(f"constant {list(shape)} needs {expected} bytes but the file has {len(data)}")
+    return _unpack(data, dtype, shape)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value

@@ -1,0 +1,109 @@
+"""Makes ``import nvtripy`` work where NVIDIA's compiled packages are missing.
+
+Three things happen, all through one finder on ``sys.meta_path``:
+
+- ``mlir_tensorrt`` resolves to :mod:`nvtripy_portable.bindings`, but only after every other finder has failed: NVIDIA's own
+  package wins wherever it is installed.
+- nvtripy imports ``tensorrt`` for nothing but a table of data types. Where it is missing, a stand-in with those names stands in
+  ``sys.modules`` while nvtripy is being imported and not a moment longer: left behind, it breaks programs that probe for
+  TensorRT (``torch._dynamo`` calls ``find_spec("tensorrt")``).
+- once nvtripy is imported, its stack capture is replaced by one that remembers (:mod:`nvtripy_portable.stack_info`).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_BINDINGS = os.path.join(os.path.dirname(__file__), "bindings")
+_TENSORRT_DTYPES = ("float32", "float16", "fp8", "bfloat16", "int4", "int8", "int32", "int64", "bool")
+
+
+def install() -> None:
+    """Registers the finders. Safe to call more than once."""
+    if not any(isinstance(finder, _NvtripyFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _NvtripyFinder())
+        sys.meta_path.append(_BindingsFinder())
+
+
+class _BindingsFinder(importlib.abc.MetaPathFinder):
+    """Last on the path: answers for ``mlir_tensorrt`` when nobody else did."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "mlir_tensorrt":
+            return importlib.util.spec_from_file_location(
+                fullname, os.path.join(_BINDINGS, "__init__.py"), submodule_search_locations=[_BINDINGS]
+            )
+        if fullname == "tensorrt" and _imported_by("nvtripy.frontend.ops.plugin_qdp", "nvtripy.trace.ops.plugin"):
+            raise ImportError(
+                "TensorRT plug-ins need NVIDIA's tensorrt package: the portable runtime cannot run them. "
+                "Expected `import tensorrt` to succeed, but it is not installed.",
+                name="tensorrt",
+            )
+        return None
+
+
+class _NvtripyFinder(importlib.abc.MetaPathFinder):
+    """First on the path: finds nvtripy as everybody else would, and wraps its loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "nvtripy":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None and not _nvidia_is_installed():
+            spec.loader = _NvtripyLoader(spec.loader)
+        return spec
+
+
+class _NvtripyLoader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        stand_in = _tensorrt_stand_in() if importlib.util.find_spec("tensorrt") is None else None
+        if stand_in is not None:
+            sys.modules["tensorrt"] = stand_in
+        try:
+            self._loader.exec_module(module)
+        finally:
+            if stand_in is not None and sys.modules.get("tensorrt") is stand_in:
+                del sys.modules["tensorrt"]
+        from nvtripy_portable import stack_info
+
+        stack_info.install()
+
+    def __getattr__(self, name: str) -> object:
+        # Resources, source text and the like: whatever the real loader offers (inspect and pkgutil ask for it).
+        return getattr(self._loader, name)
+
+
+def _nvidia_is_installed() -> bool:
+    return importlib.machinery.PathFinder.find_spec("mlir_tensorrt") is not None
+
+
+def _tensorrt_stand_in() -> ModuleType:
+    module = ModuleType("tensorrt", "Data type names, for the time of nvtripy's import (see nvtripy_portable.importing).")
+    for name in _TENSORRT_DTYPES:
+        setattr(module, name, f"tensorrt.{name}")
+    return module
+
+
+def _imported_by(*modules: str) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") in modules:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,64 @@
+"""nvtripy's stack capture, remembered per line of code.
+
+nvtripy records the Python stack for every tensor it creates, so that errors can point at the user's line. On Python 3.11+
+its ``get_stack_info`` walks ``co_positions()`` of every frame's code object each time, about 2 ms a tensor: 0.8 s of tracing for
+each transformer layer. The column range depends on the code object and the line alone, so here it is computed once for each.
+This is the one place where nvtripy's internals are replaced; the records that come out are equal to the original's.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType
+
+_MAX_STACK_DEPTH = 100  # nvtripy's own limit
+
+# Keyed by the code object itself, which the dict keeps alive: an id could be reused.
+_column_ranges: dict[tuple[CodeType, int], tuple[int, int] | None] = {}
+
+
+def install() -> None:
+    """Replaces ``get_stack_info`` wherever nvtripy holds it."""
+    from nvtripy.frontend.module import parameter
+    from nvtripy.utils import function_registry, stack_info
+
+    registry_module = function_registry.__name__
+
+    def get_stack_info(include_code_index: int | None = None) -> stack_info.StackInfo:
+        records = stack_info.StackInfo([], include_code_index)
+        frame = sys._getframe(1)
+        while frame is not None and len(records) < _MAX_STACK_DEPTH:
+            code, line = frame.f_code, frame.f_lineno
+            module = frame.f_globals.get("__name__")
+            is_dispatch = module == registry_module and code.co_name == "wrapper"
+            records.append(
+                stack_info.SourceInfo(
+                    module=module,
+                    file=code.co_filename,
+                    line=line,
+                    function=code.co_name,
+                    code=None,
+                    _dispatch_target=frame.f_locals["key"] if is_dispatch else "",
+                    column_range=_column_range(code, line),
+                )
+            )
+            frame = frame.f_back  # type: ignore[assignment]
+        return records
+
+    stack_info.get_stack_info = get_stack_info
+    parameter.get_stack_info = get_stack_info
+
+
+def _column_range(code: CodeType, line: int) -> tuple[int, int] | None:
+    """The columns that the instructions of ``line`` span, where they all agree on one range (Python 3.11+)."""
+    key = (code, line)
+    if key not in _column_ranges:
+        ranges = set()
+        if hasattr(code, "co_positions"):
+            ranges = {
+                (start, end)
+                for start_line, _, start, end in code.co_positions()
+                if start_line == line and start is not None and end is not None
+            }
+        _column_ranges[key] = ranges.pop() if len(ranges) == 1 else None
+    return _column_ranges[key]
