@@ -162,17 +162,14 @@ class Block(tp.Module):
         return x + self.mlp(self.ln_2(x)), cache
 
 
-class LayerNorm(tp.Module):
+class LayerNorm(tp.LayerNorm):
     """LayerNorm over the width, in float32 whatever comes in."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.eps = config.layer_norm_epsilon
-        norm = tp.LayerNorm(config.n_embd, dtype=tp.float32, eps=self.eps)
-        self.weight, self.bias = norm.weight, norm.bias
+        super().__init__(config.n_embd, dtype=tp.float32, eps=config.layer_norm_epsilon)
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
-        return tp.cast(tp.layernorm(tp.cast(x, tp.float32), self.weight, self.bias, self.eps), x.dtype)
+        return tp.cast(super().forward(tp.cast(x, tp.float32)), x.dtype)
 
 
 class CausalSelfAttention(tp.Module):

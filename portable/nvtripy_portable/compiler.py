@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from nvtripy_portable.graph import Graph
-from nvtripy_portable.passes import fold_constants, infer_shapes
+from nvtripy_portable.passes import fold_constants, merge_equal
 
-PASSES = (infer_shapes.run, fold_constants.run)
+PASSES = (fold_constants.run, merge_equal.run)
 
 
 def optimize(graph: Graph) -> None:

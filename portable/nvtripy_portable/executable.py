@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from nvtripy_portable import interpreter, reference
+from nvtripy_portable.dims import Dim, Symbolic
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Bounds, Graph, GraphError, Input, Operation, TensorType, Value
 from nvtripy_portable.plan import Plan
 
@@ -113,7 +114,7 @@ def _encode(graph: Graph, store: Any) -> dict[str, Any]:
 
     def define(value: Value) -> dict[str, Any]:
         numbers[value] = len(numbers)
-        return {"dtype": value.type.dtype, "shape": value.type.shape}
+        return {"dtype": value.type.dtype, "shape": [_encode_dim(dim) for dim in value.type.shape]}
 
     inputs = [
         {
@@ -148,7 +149,7 @@ def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
     def decode_type(entry: dict[str, Any]) -> TensorType:
         if entry["dtype"] not in DTYPES or len(entry["shape"]) > _MAX_RANK:
             raise FormatError(f"unknown tensor type {entry}")
-        return TensorType(entry["dtype"], tuple(entry["shape"]))
+        return TensorType(entry["dtype"], tuple(_decode_dim(dim) for dim in entry["shape"]))
 
     def decode_bounds(entry: dict[str, Any] | None) -> Bounds | None:
         return entry and Bounds(**{name: tuple(entry[name]) for name in ("min", "opt", "max")})
@@ -187,6 +188,15 @@ def _load(entry: dict[str, Any], constants: memoryview) -> np.ndarray:
     if min(shape, default=0) < 0 or entry["offset"] < 0 or entry["bytes"] != expected or len(data) != expected:
         raise FormatError(f"constant {list(shape)} needs {expected} bytes but the file has {len(data)}")
     return _unpack(data, dtype, shape)
+
+
+def _encode_dim(dim: Dim) -> int | str | None:
+    return str(dim) if isinstance(dim, Symbolic) else dim
+
+
+def _decode_dim(entry: int | str | None) -> Dim:
+    """Expressions come back as single symbols: at run time only their being dynamic matters."""
+    return Symbolic.of(entry) if isinstance(entry, str) else entry
 
 
 def _as_tuple(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 A :class:`Graph` is what nvtripy's trace becomes and what every pass reads and writes. Operations carry the names and the
 attributes of the TensorRT dialect that nvtripy emits; attributes are plain Python values, so that a graph prints, compares
-and serializes without further machinery. A dimension is an ``int`` where it is known, a ``str`` where it is a symbol (the
-name of a dynamic input dimension, or an expression of such names) and ``None`` where nothing is known.
+and serializes without further machinery. Dimensions are numbers, expressions of dynamic input dimensions, or unknown
+(:mod:`nvtripy_portable.dims`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any, Union
 import ml_dtypes
 import numpy as np
 
-Dim = Union[int, str, None]
+from nvtripy_portable.dims import Dim
+
+Contents = Union[Dim, tuple[Dim, ...]]
 
 #: Element types by their MLIR names, as the NumPy types that hold them (int4: one element a byte).
 DTYPES: dict[str, np.dtype] = {
@@ -66,13 +68,18 @@ class TensorType:
 
 
 class Value:
-    """One tensor: an input of the graph, or a result of exactly one operation."""
+    """One tensor: an input of the graph, or a result of exactly one operation.
 
-    __slots__ = ("producer", "type")
+    ``contents`` is what is known at compile time of the elements of a small integer tensor, such as a shape: one dim for a
+    scalar, a tuple of dims for a 1-D tensor, None for nothing.
+    """
+
+    __slots__ = ("contents", "producer", "type")
 
     def __init__(self, type: TensorType, producer: Operation | None = None) -> None:
         self.type = type
         self.producer = producer
+        self.contents: Contents = None
 
     def set_type(self, type: TensorType) -> None:
         self.type = type

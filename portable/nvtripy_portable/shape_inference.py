@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
-from nvtripy_portable.graph import Dim, GraphError, TensorType
-
-#: What is known of a small integer tensor's contents: a dim for a scalar, a tuple of dims for 1-D, None for nothing.
-Contents = Union[Dim, tuple[Dim, ...]]
+from nvtripy_portable.dims import Dim, combine
+from nvtripy_portable.graph import Contents, GraphError, TensorType
 
 _COMPARISONS = {"kLESS", "kGREATER", "kEQUAL", "kOR", "kAND", "kXOR"}
 _MAX_TRACKED_ELEMENTS = 16  # shape tensors are as long as a rank; larger tensors are data
@@ -45,36 +43,7 @@ def _meet(a: Dim, b: Dim) -> Dim:
     return b
 
 
-# --- dims as expressions -------------------------------------------------------------------------------------------------
-
-
-def _combine(operation: str, a: Dim, b: Dim) -> Dim:
-    """``a`` and ``b`` through an element-wise operation; symbols become expressions in text."""
-    if a is None or b is None:
-        return None
-    if isinstance(a, int) and isinstance(b, int):
-        if operation == "kSUM":
-            return a + b
-        if operation == "kSUB":
-            return a - b
-        if operation == "kPROD":
-            return a * b
-        if operation in ("kDIV", "kFLOOR_DIV"):
-            return a // b if b else None
-        if operation == "kMAX":
-            return max(a, b)
-        if operation == "kMIN":
-            return min(a, b)
-        return None
-    neutral = {"kSUM": 0, "kSUB": 0, "kPROD": 1, "kDIV": 1, "kFLOOR_DIV": 1}
-    if operation in neutral and b == neutral[operation]:
-        return a
-    if operation in ("kSUM", "kPROD") and a == neutral[operation]:
-        return b
-    if operation in ("kMAX", "kMIN"):
-        return a if a == b else f"{operation[1:].lower()}({a}, {b})"
-    sign = {"kSUM": "+", "kSUB": "-", "kPROD": "*", "kDIV": "//", "kFLOOR_DIV": "//"}.get(operation)
-    return None if sign is None else f"({a}{sign}{b})"
+# --- broadcasting ------------------------------------------------------------------------------------------------------------
 
 
 def _broadcast_dim(a: Dim, b: Dim) -> Dim:
@@ -139,7 +108,7 @@ def _concatenation(operands: list[Any], contents: list[Contents], attributes: di
     for operand in operands[1:]:
         for index, dim in enumerate(operand.shape):
             try:
-                shape[index] = _combine("kSUM", shape[index], dim) if index == axis else _meet(shape[index], dim)
+                shape[index] = combine("kSUM", shape[index], dim) if index == axis else _meet(shape[index], dim)
             except GraphError:
                 raise GraphError(
                     f"concatenation along dimension {axis} needs equal sizes in all others, but got shapes "
@@ -246,7 +215,7 @@ def _padding(attributes: dict[str, Any]) -> list[int]:
 
 def _convolution(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
     data, kernel = operands[0].shape, operands[1].shape
-    channels = _combine("kPROD", kernel[1], attributes["num_groups"])
+    channels = combine("kPROD", kernel[1], attributes["num_groups"])
     if isinstance(data[1], int) and isinstance(channels, int) and data[1] != channels:
         raise GraphError(
             f"convolution expected {channels} input channels (kernel {_text(kernel)}, {attributes['num_groups']} groups) "
@@ -266,7 +235,7 @@ def _deconvolution(operands: list[Any], contents: list[Contents], attributes: di
     ):
         known = isinstance(size, int) and isinstance(window, int)
         spatial.append((size - 1) * stride - padding + dilation * (window - 1) + 1 if known else None)  # type: ignore[operator]
-    channels = _combine("kPROD", kernel[1], attributes["num_groups"])
+    channels = combine("kPROD", kernel[1], attributes["num_groups"])
     return [TensorType(operands[0].dtype, (data[0], channels, *spatial))]
 
 
@@ -362,7 +331,7 @@ def infer_value(
 
 def _element_wise_contents(operation: str, a: Contents, b: Contents) -> Contents:
     if not isinstance(a, tuple) and not isinstance(b, tuple):
-        return _combine(operation, a, b)
+        return combine(operation, a, b)
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return tuple(_combine(operation, x, y) for x, y in zip(a, b, strict=True))
+        return tuple(combine(operation, x, y) for x, y in zip(a, b, strict=True))
     return None

@@ -1,4 +1,4 @@
-"""Operations whose operands are all constant are computed now, once, instead of at every call.
+"""What can be computed at compile time is: operations on constants, and shapes that turn out to be plain numbers.
 
 A result that would take more memory than its operands (a broadcast, say) is left to run time once it is large, and a
 ``dequantize`` always is: its operand is the small form that the weights are meant to be kept in.
@@ -10,45 +10,65 @@ import math
 
 import numpy as np
 
-from nvtripy_portable.graph import DTYPES, Graph, GraphError, Operation, TensorType
+from nvtripy_portable.graph import DTYPES, Graph, GraphError, Operation, TensorType, Value
+from nvtripy_portable.passes.infer_shapes import infer_inputs, infer_results
 from nvtripy_portable.plan import bind
 
 _LARGE_BYTES = 1 << 20
-_NEVER_FOLDED = {"constant", "dequantize"}
 
 
 def run(graph: Graph) -> None:
-    folded: list[Operation] = []
+    infer_inputs(graph)
+    operations: list[Operation] = []
     for operation in graph.operations:
-        folded.extend(_fold(operation) or [operation])
-    graph.operations = folded
+        infer_results(operation)
+        values = _known_contents(operation) or _compute(operation)
+        if values is None:
+            operations.append(operation)
+        else:
+            operations.extend(map(_constant, operation.results, values, [operation.location] * len(values)))
+    graph.operations = operations
 
 
-def _fold(operation: Operation) -> list[Operation] | None:
-    if operation.kind in _NEVER_FOLDED:
+def _constant(result: Value, value: np.ndarray, location: str) -> Operation:
+    """A constant operation in the place of the one that gave ``result``."""
+    operation = Operation("constant", [], {"value": value}, [], location)
+    operation.results = [result]
+    result.producer = operation
+    result.set_type(TensorType(result.type.dtype, value.shape))
+    infer_results(operation)
+    return operation
+
+
+def _known_contents(operation: Operation) -> list[np.ndarray] | None:
+    """The result of shape arithmetic, where every element is a number."""
+    result = operation.results[0]
+    elements = result.contents if isinstance(result.contents, tuple) else (result.contents,)
+    if operation.kind == "constant" or not all(isinstance(each, int) for each in elements):
+        return None
+    value = np.array(result.contents, dtype=DTYPES[result.type.dtype])
+    return [value] if value.ndim == result.type.rank else None
+
+
+def _compute(operation: Operation) -> list[np.ndarray] | None:
+    """The results of an operation on constants."""
+    if operation.kind in ("constant", "dequantize"):
+        return None
+    present = [operand for operand in operation.operands if operand is not None]
+    if any(operand.constant is None for operand in present):
         return None
     operands = [operand.constant if operand is not None else None for operand in operation.operands]
-    present = [operand is not None for operand in operation.operands]
-    if any(expected and value is None for expected, value in zip(present, operands, strict=True)):
-        return None
     if _result_bytes(operation) > max(_LARGE_BYTES, sum(value.nbytes for value in operands if value is not None)):
         return None
     try:
         results = bind(operation)(*operands)
     except (ValueError, IndexError, TypeError) as error:
         raise GraphError(f"{operation.kind}: {error}", operation.location) from None
-    constants = []
-    for result, value in zip(operation.results, results if isinstance(results, tuple) else (results,), strict=True):
-        constant = Operation("constant", [], {"value": np.asarray(value)}, [], operation.location)
-        constant.results = [result]
-        result.producer = constant
-        result.set_type(TensorType(result.type.dtype, value.shape))
-        constants.append(constant)
-    return constants
+    return [np.asarray(value) for value in (results if isinstance(results, tuple) else (results,))]
 
 
 def _result_bytes(operation: Operation) -> float:
-    """Upper bound, in bytes; infinite for a result whose dimensions are not known."""
+    """Size of the results; infinite where a dimension is not known."""
     total = 0.0
     for result in operation.results:
         if not result.type.is_static:

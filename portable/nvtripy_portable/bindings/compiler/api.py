@@ -14,25 +14,11 @@ from nvtripy_portable.graph import GraphError
 __all__ = [
     "CompilerClient",
     "Executable",
-    "MLIRError",
     "PluginFieldInfo",
     "PluginFieldType",
     "get_tensorrt_plugin_field_schema",
     "translate_mlir_to_executable",
 ]
-
-
-class _Diagnostic:
-    def __init__(self, location: str) -> None:
-        self.location = location
-
-
-class MLIRError(Exception):
-    """A compilation error. nvtripy reads the locations in ``error_diagnostics`` to point at the user's own line."""
-
-    def __init__(self, message: str, location: str) -> None:
-        super().__init__(message)
-        self.error_diagnostics = [_Diagnostic(location)]
 
 
 class CompilerClient:
@@ -49,7 +35,7 @@ class CompilationTask:
         try:
             compiler.optimize(module.graph)
         except GraphError as error:
-            raise MLIRError(str(error), error.location) from None
+            raise ir.MLIRError(str(error), error.location) from None
 
 
 def translate_mlir_to_executable(module: ir.Module) -> Executable:

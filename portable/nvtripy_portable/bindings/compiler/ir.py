@@ -16,6 +16,19 @@ from nvtripy_portable.graph import DTYPES, Bounds, Graph, TensorType, Value
 _DYNAMIC = -(1 << 63)  # MLIR's own sentinel
 
 
+class _Diagnostic:
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+
+class MLIRError(Exception):
+    """A compilation error. nvtripy reads the locations in ``error_diagnostics`` to point at the user's own line."""
+
+    def __init__(self, message: str, location: str) -> None:
+        super().__init__(message)
+        self.error_diagnostics = [_Diagnostic(location)]
+
+
 class _Scope:
     """Something that is current inside a ``with``."""
 

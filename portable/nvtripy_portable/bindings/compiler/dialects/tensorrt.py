@@ -76,8 +76,7 @@ def _emit(
         try:
             result_types = shape_inference.infer(kind, types, [None] * len(types), attributes)
         except GraphError as error:
-            error.location = location
-            raise
+            raise ir.MLIRError(f"{kind}: {error}", location) from None
     operation = Operation(kind, list(operands), attributes, list(result_types), location)
     return ir.InsertionPoint.current().block.graph.add(operation).results
 

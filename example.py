@@ -1,0 +1,318 @@
+"""Generates text with a GPT-2: parse → load → compile (or open a saved engine) → generate → print.
+
+    python example.py --input-text "What is the answer to life, the universe, and everything?" --seed=1
+
+The text goes to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import generation
+from weight_loader import CheckpointError, open_checkpoint
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from tokenizer import Tokenizer
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shakespeare"
+MAX_BATCH = 8  # responses computed together; more are computed one batch after another
+SEPARATOR = "-" * 16  # between responses, where there are several
+
+
+class UsageError(Exception):
+    """The command cannot be carried out as given; one line says what was expected and what came."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse would print before it."""
+        raise UsageError(message)
+
+
+@dataclass
+class Timing:
+    """Wall-clock moments of a run, in seconds, for ``--verbose``."""
+
+    started: float = field(default_factory=time.perf_counter)
+    loaded: float = 0.0
+    compiled: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+    tokens: int = 0
+
+    def report(self) -> str:
+        decoding = self.finished - self.first_token
+        rate = f"{(self.tokens - 1) / decoding:.1f} tokens/s" if self.tokens > 1 and decoding > 0 else "no rate"
+        return (
+            f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, "
+            f"first token after {self.first_token - self.compiled:.3f} s, {self.tokens} tokens, {rate}, "
+            f"peak memory {_peak_memory_mb():.0f} MB"
+        )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without a checkpoint.
+
+    Raises:
+        UsageError: an unknown option, or a value out of its range.
+    """
+    parser = _Parser(prog="example.py", description="Generate text with a GPT-2.", allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--input-text", metavar="TEXT", help="the prompt (default: what standard input holds)")
+    source.add_argument("--batch", metavar="FILE", type=Path, help="prompts from a UTF-8 file, one a line")
+    parser.add_argument(
+        "--model-type",
+        metavar="NAME",
+        default=EMBEDDED_CHECKPOINT,
+        help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=200, help="default %(default)s")
+    parser.add_argument("--seed", type=int, help="same seed, same text (default: a new one each time)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 picks the most likely token (default %(default)s)")
+    parser.add_argument("--top-k", metavar="K", type=int, default=5, help="0 keeps all tokens (default %(default)s)")
+    parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: off)")
+    parser.add_argument("--num-samples", metavar="N", type=int, default=1, help="responses to each prompt")
+    parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text (repeatable)")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time")
+    parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
+    options = parser.parse_args(arguments)
+    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"expected --{name.replace('_', '-')} to be at least {least} but got {getattr(options, name)}")
+    if "" in options.stop:
+        raise UsageError("expected --stop to be a text but got an empty one")
+    if options.seed is None:
+        options.seed = int.from_bytes(os.urandom(4), "little")
+    try:
+        generation.Sampler(options.seed, 0, options.temperature, options.top_k or None, options.top_p)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return options
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts, none of them empty.
+
+    Raises:
+        UsageError: there is none, one is empty, or they are not text.
+    """
+    try:
+        if options.batch is not None:
+            prompts = options.batch.read_text(encoding="utf-8").splitlines()
+            if not prompts:
+                raise UsageError(f"expected a prompt on each line of {options.batch} but the file is empty")
+        elif options.input_text is not None:
+            prompts = [options.input_text]
+        else:
+            if sys.stdin.isatty():
+                print("Reading the prompt from standard input; end it with Ctrl-D.", file=sys.stderr)
+            prompts = [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
+    except OSError as error:
+        raise UsageError(f"cannot read {options.batch}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        source = options.batch or "standard input"
+        raise UsageError(f"expected UTF-8 text in {source} but byte {error.start} is not") from None
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            where = f" on line {number} of {options.batch}" if options.batch else ""
+            raise UsageError(f"expected a prompt but got an empty one{where}")
+    return prompts
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        UsageError: a prompt leaves no room for a new token.
+    """
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for ids in encoded:
+        if len(ids) >= context:
+            raise UsageError(
+                f"expected a prompt of at most {context - 1} tokens (the model's context is {context}) but got {len(ids)}"
+            )
+    return encoded
+
+
+@dataclass(frozen=True)
+class Job:
+    """One response to be made: to which prompt, and the how-manieth to it."""
+
+    prompt: str
+    ids: list[int]
+    sample: int
+
+
+class Response:
+    """The text of one response: token ids come in, text goes out, whole characters only and never past a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_id: int | None) -> None:
+        from tokenizer import StreamDecoder
+
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops, self._eos_id = stops, eos_id
+        self._held = ""  # what may be the beginning of a stop text
+        self.is_done = False
+
+    def push(self, token: int) -> str:
+        """Takes a token and returns the text that is certain now."""
+        if token == self._eos_id:
+            return self.finish()
+        return self._advance(self._decoder.push(token), is_last=False)
+
+    def finish(self) -> str:
+        """Ends the response and returns the rest of its text."""
+        if self.is_done:
+            return ""
+        rest = self._advance(self._decoder.flush(), is_last=True)
+        self.is_done = True
+        return rest
+
+    def _advance(self, new: str, is_last: bool) -> str:
+        pending = self._held + new
+        ends = [pending.find(stop) for stop in self._stops if stop in pending]
+        if ends:
+            certain, self._held, self.is_done = pending[: min(ends)], "", True
+        else:
+            keep = 0 if is_last else _possible_stop(pending, self._stops)
+            certain, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        return certain
+
+
+def _possible_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that begins one of ``stops``."""
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+def respond(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    jobs: Sequence[Job],
+    options: argparse.Namespace,
+    eos_id: int | None,
+    timing: Timing,
+) -> Iterator[tuple[int, str]]:
+    """Generates for up to ``engine.batch`` jobs together.
+
+    Yields:
+        (index of the job, text): the responses in pieces, as soon as they are certain.
+    """
+    responses = [Response(tokenizer, options.stop, eos_id) for _ in jobs]
+    samplers = [
+        generation.Sampler(options.seed, job.sample, options.temperature, options.top_k or None, options.top_p)
+        for job in jobs
+    ]
+    done: set[int] = set()
+    for drawn in generation.generate(engine, [job.ids for job in jobs], samplers, options.max_new_tokens, done):
+        timing.first_token = timing.first_token or time.perf_counter()
+        timing.tokens += len(drawn)
+        for row, token in drawn:
+            yield row, responses[row].push(token)
+            if responses[row].is_done:
+                done.add(row)
+    for row, response in enumerate(responses):
+        yield row, response.finish()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carries out the command."""
+    prompts = read_prompts(options)
+    timing = Timing()
+    checkpoint = open_checkpoint(options.model_type, options.revision)
+    from tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
+    encoded = encode_prompts(prompts, tokenizer, checkpoint.config.n_positions)
+    timing.loaded = time.perf_counter()
+
+    # These import nvtripy, which takes a moment: only once the input is known to be good.
+    from engine import EngineError, open_engine
+
+    jobs = [
+        Job(prompt, ids, sample)
+        for prompt, ids in zip(prompts, encoded, strict=True)
+        for sample in range(options.num_samples)
+    ]
+    batch = 1 if options.stream else min(len(jobs), MAX_BATCH)
+    report = _report if options.verbose else _ignore
+    try:
+        engine = open_engine(checkpoint, options.dtype, batch, options.engine_dir, report)
+    except EngineError as error:
+        raise UsageError(str(error)) from None
+    eos_id = checkpoint.config.eos_token_id
+    del checkpoint
+    timing.compiled = time.perf_counter()
+
+    for begin in range(0, len(jobs), batch):
+        group = jobs[begin : begin + batch]
+        pieces = respond(engine, tokenizer, group, options, eos_id, timing)
+        if begin:
+            print(SEPARATOR)
+        if options.stream:
+            print(group[0].prompt, end="", flush=True)
+            for _, piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+        else:
+            texts = [job.prompt for job in group]
+            for row, piece in pieces:
+                texts[row] += piece
+            print(f"\n{SEPARATOR}\n".join(texts), flush=True)
+    timing.finished = time.perf_counter()
+    if options.verbose:
+        _report(timing.report())
+
+
+def _report(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _ignore(message: str) -> None:
+    pass
+
+
+def _peak_memory_mb() -> float:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def main() -> int:
+    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    try:
+        run(parse_arguments())
+    except (UsageError, CheckpointError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader has gone: nothing more to say, not even by the interpreter's own flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"example.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Operations that compute the same thing are computed once.
+
+Equal means: the same operation on the same operands with the same attributes; or, for small integer tensors, the same contents in terms
+of the input dimensions, however they were arrived at. The second merges the shape arithmetic that nvtripy repeats for every tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+
+from nvtripy_portable.graph import Graph, Operation, Value
+
+_SMALL_BYTES = 4096  # larger constants are weights, which hardly ever repeat and take time to compare
+
+
+def run(graph: Graph) -> None:
+    first: dict[Hashable, Operation] = {}
+    replacement: dict[Value, Value] = {}
+    kept: list[Operation] = []
+    for operation in graph.operations:
+        operation.operands = [replacement.get(each, each) if each is not None else None for each in operation.operands]
+        keys = _keys(operation)
+        equal = next((first[key] for key in keys if key in first), None)
+        if equal is None:
+            kept.append(operation)
+            first.update(dict.fromkeys(keys, operation))
+        else:
+            replacement.update(zip(operation.results, equal.results, strict=True))
+    graph.operations = kept
+    graph.outputs = [replacement.get(output, output) for output in graph.outputs]
+
+
+def _keys(operation: Operation) -> list[Hashable]:
+    if operation.kind == "constant":
+        value = operation.attributes["value"]
+        return [("constant", value.dtype, value.shape, value.tobytes())] if value.nbytes <= _SMALL_BYTES else []
+    operands = tuple(id(operand) if operand is not None else None for operand in operation.operands)
+    keys: list[Hashable] = [(operation.kind, operands, _freeze(operation.attributes))]
+    contents = operation.results[0].contents
+    elements = contents if isinstance(contents, tuple) else (contents,)
+    if len(operation.results) == 1 and None not in elements:
+        keys.append(("contents", operation.results[0].type.dtype, contents))
+    return keys
+
+
+def _freeze(attributes: dict[str, Any]) -> Hashable:
+    return tuple((name, value.tobytes() if isinstance(value, np.ndarray) else value) for name, value in attributes.items())

@@ -1,0 +1,186 @@
+"""The data flows one way, and so do the imports: each part knows the parts below it, and no other.
+
+The imports are read from the sources (those inside functions too); only the last test asks a running program.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PORTABLE = ROOT / "portable" / "nvtripy_portable"
+
+#: The programs at the root, from top to bottom. Each may import those below it.
+PROGRAMS = ("example", "train", "engine", "generation", "tokenizer", "weight_loader", "model")
+
+#: The rooms of the portable runtime, from top to bottom. Each may import those below it and the modules of its own.
+ROOMS = (
+    "bindings",
+    "compiler",
+    "passes",
+    "executable",
+    "interpreter",
+    "plan",
+    "shape_inference",
+    "reference",
+    "graph",
+    "dims",
+)
+#: Outside the house: they make `import nvtripy` find it, and import none of its rooms.
+DOOR = ("__init__", "__main__", "importing", "stack_info")
+
+#: What `mlir_tensorrt` means within the bindings.
+ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}
+
+#: Third-party packages on which the unquantized path of a program must not depend.
+HEAVY = {"torch", "transformers"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """``module`` is imported at ``line``; ``lazy`` inside a function, that is, only when the function is called."""
+
+    module: str
+    line: int
+    lazy: bool
+
+
+def imports(file: Path, package: str = "") -> list[Import]:
+    """What a source file imports, as absolute names; ``from a import b`` counts as ``a.b``, which it may be.
+
+    Imports for the type checker alone (``if TYPE_CHECKING:``) count as well: a type that is named is known.
+    """
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [node.module] if node.module else []
+            if node.level:
+                base = package.split(".")[: len(package.split(".")) - node.level + 1] + base
+            found.extend(Import(".".join([*base, alias.name]), node.lineno, lazy) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(ast.parse(file.read_text()), lazy=False)
+    return found
+
+
+def third_party(module: str) -> bool:
+    return module.split(".")[0] not in sys.stdlib_module_names
+
+
+def portable_files() -> list[Path]:
+    return sorted(PORTABLE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PORTABLE).with_suffix("").parts[0]
+
+
+def package_of(file: Path) -> str:
+    return ".".join(("nvtripy_portable", *file.relative_to(PORTABLE).parent.parts))
+
+
+def rooms_imported(file: Path) -> dict[str, int]:
+    """The rooms of the portable runtime that ``file`` imports, each with the line that does."""
+    rooms = {}
+    for imported in imports(file, package_of(file)):
+        head, _, rest = imported.module.partition(".")
+        parts = f"{ALIASES.get(head, head)}.{rest}".split(".")
+        if parts[0] == "nvtripy_portable" and parts[1]:
+            rooms[parts[1]] = imported.line
+    return rooms
+
+
+def test_the_model_is_written_in_nvtripy_alone() -> None:
+    assert {i.module.split(".")[0] for i in imports(ROOT / "model.py") if third_party(i.module)} == {"nvtripy"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_import_only_what_is_below_them(program: str) -> None:
+    above = PROGRAMS[: PROGRAMS.index(program)]
+    for imported in imports(ROOT / f"{program}.py"):
+        assert imported.module.split(".")[0] not in above, f"{program}.py:{imported.line} imports {imported.module}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_know_nvtripy_and_not_what_is_under_it(program: str) -> None:
+    for imported in imports(ROOT / f"{program}.py"):
+        parts = imported.module.split(".")
+        assert parts[0] not in ("mlir_tensorrt", "tensorrt"), f"{program}.py:{imported.line}"
+        assert parts[0] != "nvtripy_portable" or len(parts) == 1, f"{program}.py:{imported.line}"
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "train"])
+def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
+    for imported in imports(ROOT / f"{program}.py"):
+        assert imported.lazy or imported.module.split(".")[0] not in HEAVY, f"{program}.py:{imported.line}"
+
+
+def test_every_module_has_its_place() -> None:
+    """A new file has to be put somewhere in the order above before anything else can be said about it."""
+    at_root = {file.stem for file in ROOT.glob("*.py")}
+    assert at_root == set(PROGRAMS)
+    assert {room_of(file) for file in portable_files()} == {*ROOMS, *DOOR}
+
+
+@pytest.mark.parametrize("file", portable_files(), ids=lambda file: str(file.relative_to(PORTABLE)))
+def test_rooms_import_only_what_is_below_them(file: Path) -> None:
+    room = room_of(file)
+    allowed = DOOR if room in DOOR else ROOMS[ROOMS.index(room) :]
+    for imported, line in rooms_imported(file).items():
+        assert imported in allowed, f"{file.relative_to(ROOT)}:{line}: {room} must not know {imported}"
+
+
+@pytest.mark.parametrize("file", portable_files(), ids=lambda file: str(file.relative_to(PORTABLE)))
+def test_the_portable_runtime_stands_on_its_own(file: Path) -> None:
+    """No programs, no nvtripy (but for the door), no heavy packages: NumPy and its data types."""
+    allowed = {"nvtripy_portable", "numpy", "ml_dtypes"}
+    if room_of(file) in DOOR:
+        allowed = {"nvtripy_portable", "nvtripy"}
+    if room_of(file) == "bindings":
+        allowed |= {"mlir_tensorrt"}
+    for imported in imports(file, package_of(file)):
+        if third_party(imported.module):
+            assert imported.module.split(".")[0] in allowed, f"{file.relative_to(ROOT)}:{imported.line}"
+
+
+def test_relative_imports_are_resolved(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text("from . import a\nfrom ..b import c\ndef f():\n    import d.e\n")
+    assert imports(file, "nvtripy_portable.bindings") == [
+        Import("nvtripy_portable.bindings.a", 1, False),
+        Import("nvtripy_portable.b.c", 2, False),
+        Import("d.e", 4, True),
+    ]
+
+
+def test_the_example_runs_without_torch_and_transformers(tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['example.py', '--input-text', 'Good morrow', '--seed=1', '--max-new-tokens=2', *sys.argv[1:]]\n"
+        "try:\n"
+        "    runpy.run_path('example.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        f"print('\\nimported:', sorted({HEAVY!r} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--engine-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported: []"

@@ -1,0 +1,152 @@
+"""README.md's marked commands do what README.md says (the format of the marks: tests/readme_blocks.py)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from readme_blocks import END, RUN, START, Block, ReadmeError, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _blocks() -> list[Block]:
+    """README.md's blocks; none where it is malformed, which `test_readme_is_well_formed` reports."""
+    try:
+        return parse((ROOT / "README.md").read_text())
+    except ReadmeError:
+        return []
+
+
+def test_readme_is_well_formed() -> None:
+    assert parse((ROOT / "README.md").read_text()), "README.md marks no command to be run"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the working tree, for all blocks together: a reader runs them in order, in one place."""
+    # Tracked files and new ones, but nothing that git ignores: no environment, no caches, no outputs.
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    copy = tmp_path_factory.mktemp("readme") / "checkout"
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():  # a file deleted since the last commit is listed too
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)  # with its time: make compares them
+    return copy
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment as a reader's shell has it: the virtual environment activated, and no outer make."""
+    made_by_make = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "VENV")
+    environment = {name: value for name, value in os.environ.items() if name not in made_by_make}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    if (Path(sys.prefix) / ".runtime").exists():
+        environment["VENV"] = sys.prefix  # the Makefile made this environment; elsewhere its commands make their own
+    return environment
+
+
+@pytest.mark.parametrize("block", _blocks(), ids=lambda block: f"line{block.line}")
+def test_readme_command(block: Block, checkout: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.script],
+        cwd=checkout,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"README.md:{block.line} exits with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    block.check(done.stdout)
+
+
+# The parser and the comparison themselves
+
+
+def _document(expected: str | None = None, *, run: bool = True, script: str = "echo 42") -> str:
+    text = f"# Title\n\n{RUN if run else ''}\n```bash\n{script}\n```\n"
+    if expected is not None:
+        text += f"\n{START}\n<!--\n```\n{expected}\n```\n-->\n{END}\n"
+    return text + "\nText.\n"
+
+
+def test_a_marked_block_is_found() -> None:
+    assert parse(_document()) == [Block(3, "echo 42\n")]
+
+
+def test_a_block_without_a_marker_is_not_run() -> None:
+    assert parse(_document(run=False)) == []
+
+
+def test_expected_output_belongs_to_the_block_before_it() -> None:
+    document = _document("first") + _document() + _document("a\nb")
+    assert [block.expected for block in parse(document)] == ["first", None, "a\nb"]
+
+
+def test_markers_inside_other_blocks_are_text() -> None:
+    assert parse(f"````markdown\n{_document('42')}\n````\n") == []
+    assert parse(f"~~~\n{START}\n~~~\n") == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "stdout"),
+    [
+        ("42", "42\n"),
+        ("42\n", "42"),
+        (r"The answer is \d+\.", "The answer is 42.\n\n"),
+        ("one\ntwo", "one\ntwo\n"),
+        ("(?s:.+)", "any\ntext\n"),
+    ],
+)
+def test_matching_output_passes(expected: str, stdout: str) -> None:
+    (block,) = parse(_document(expected))
+    block.check(stdout)
+
+
+@pytest.mark.parametrize(
+    ("expected", "stdout"),
+    [
+        ("42", "43\n"),
+        ("42", "the 42\n"),
+        ("42", "42 and more\n"),
+        ("42", ""),
+        ("one", "one\ntwo\n"),
+        ("one.two", "one\ntwo\n"),
+        ("(?s:.+)", ""),
+    ],
+)
+def test_other_output_fails(expected: str, stdout: str) -> None:
+    (block,) = parse(_document(expected))
+    with pytest.raises(AssertionError, match="does not match"):
+        block.check(stdout)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (_document("42", run=False), r"^8: expected output that does not follow"),
+        (_document("42").replace(END, ""), "Start without its End"),
+        (_document("42").replace("-->\n" + END, END), "Start without its End"),
+        (_document().replace("```bash", "```python"), "not followed by a ```bash block"),
+        (f"{RUN}\n\nText.\n", "not followed by a ```bash block"),
+        (f"Text.\n\n{RUN}", "^3: .*not followed by a ```bash block"),
+        (f"{RUN}\n```bash\necho 42\n", "^2: this block is never closed"),
+        (f"Text.\n{END}\n", "^2: an End without its Start"),
+        (_document("42").replace(START, f"Text between.\n{START}"), "does not follow a block"),
+        (_document().replace("RUN", "RUNS"), "unknown marker"),
+        (_document("(42"), "not a regular expression"),
+        (f"{RUN}\n```bash\necho\n```\n{START}\n```\n42\n```\n{END}", "not followed by a line '<!--'"),
+    ],
+)
+def test_half_written_markers_are_errors(document: str, message: str) -> None:
+    with pytest.raises(ReadmeError, match=message):
+        parse(document)

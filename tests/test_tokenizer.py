@@ -1,0 +1,428 @@
+"""tokenizer.py against HuggingFace's tokenizers and transformers, on arbitrary text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import tokenizer as ours
+from tokenizer import GPT2_VOCAB_SIZE, StreamDecoder, load_tokenizer
+from weight_loader import CheckpointError
+
+TIKTOKEN_FILES = Path(__file__).parents[2] / "shared" / "tiktoken"
+PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+# What tokenizers differ over: contractions, runs of odd white space, digits of other scripts, combining characters,
+# emoji with joiners, control characters, and special tokens written as text.
+FRAGMENTS = [
+    *[
+        "'s",
+        "'re",
+        "'LL",
+        "don't",
+        " ",
+        "  ",
+        "   ",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        " \n ",
+        "\x00",
+        "\x1c",
+        "\x1f",
+        "\x85",
+    ],
+    *["\xa0", "\u180e", "\u2003", "\u2028", "\u200b", "\u3000", "\ufeff", "é", "e\u0301", "ﬁ", "ß", "Ǆ", "٣", "½", "Ⅷ"],
+    *[
+        "中文",
+        "日本",
+        "한국",
+        "👩‍👩‍👧",
+        "🇩🇪",
+        "\U0001f600",
+        "\U00010400",
+        "\U0010ffff",
+        "the",
+        " the",
+        "The",
+        "1234",
+        "_x",
+        "!?",
+        "...",
+    ],
+    *["<|endoftext|>", "<|endoftext|", "|>", "<pad>", " <pad> ", "<|end", "Ġ", "Ċ"],
+]
+TEXT = st.one_of(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=20).map("".join),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=3)), max_size=12)
+    .map("".join)
+    .filter(lambda text: text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)),
+)
+
+CORPUS = [
+    "It's the answer to life, the universe, and everything; don't panic.\n\n  What's 42?",
+    "the theory of the thing that they thought\tof, there and then   1234 12 2024",
+    "Ünïcödé — 中文, 日本語, naïve café, 👩‍👩‍👧 emoji…\r\n" * 2,
+    "aaaa aaa aaaaaaa abab ababab baba",
+] * 3
+
+
+def trained(vocab_size: int = 390, special: tuple[str, ...] = ("<|endoftext|>",), **byte_level: Any) -> Tokenizer:
+    """A byte-level BPE trained by HuggingFace's own trainer, whose special tokens come first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **byte_level})
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def edited(tokenizer: Tokenizer, folder: Path, **changes: Any) -> Path:
+    """A tokenizer.json with some values replaced; "model.merges" is the merges of the model."""
+    raw = json.loads(tokenizer.to_str())
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        target = raw
+        for key in outer:
+            target = target[key]
+        target[last] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    return folder
+
+
+def check_equal(mine: ours.Tokenizer, theirs: Tokenizer, text: str) -> None:
+    ids = mine.encode(text)
+    assert ids == theirs.encode(text).ids
+    assert mine.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+
+
+# --- equality with HuggingFace ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2's own vocabulary as vocab.json and merges.txt."""
+    if not TIKTOKEN_FILES.is_dir():
+        pytest.skip(f"GPT-2's vocabulary is not at {TIKTOKEN_FILES}")
+    folder = tmp_path_factory.mktemp("gpt2")
+    for file in TIKTOKEN_FILES.iterdir():
+        shutil.copyfile(file, folder / ("vocab.json" if file.read_bytes()[:1] == b"{" else "merges.txt"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_folder: Path) -> tuple[ours.Tokenizer, Any]:
+    """Our tokenizer and transformers' of GPT-2's files."""
+    from transformers import AutoTokenizer
+
+    return load_tokenizer(gpt2_folder, GPT2_VOCAB_SIZE), AutoTokenizer.from_pretrained(gpt2_folder)
+
+
+@PROPERTY
+@given(text=TEXT)
+def test_gpt2_equals_transformers(gpt2: tuple[ours.Tokenizer, Any], text: str) -> None:
+    mine, theirs = gpt2
+    ids = mine.encode(text)
+    assert ids == theirs(text)["input_ids"]
+    assert mine.decode(ids) == text == theirs.decode(ids)
+
+
+@PROPERTY
+@given(ids=st.lists(st.integers(0, GPT2_VOCAB_SIZE + 40), max_size=30))
+def test_any_ids_decode_and_stream_like_transformers(gpt2: tuple[ours.Tokenizer, Any], ids: list[int]) -> None:
+    mine, theirs = gpt2
+    whole = mine.decode(ids)
+    assert whole == theirs.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    stream = StreamDecoder(mine)
+    pieces = [stream.push(id) for id in ids]
+    assert "".join(pieces) + stream.flush() == whole
+
+
+def test_gpt2_real_text(gpt2: tuple[ours.Tokenizer, Any]) -> None:
+    mine, theirs = gpt2
+    for file in ("tinyshakespeare.txt", "wizard-of-oz.txt"):
+        path = TIKTOKEN_FILES.parent / "data" / file
+        if not path.is_file():
+            pytest.skip(f"{path} is absent")
+        text = path.read_text(encoding="utf-8")[:200_000]
+        assert mine.encode(text) == theirs(text)["input_ids"]
+
+
+def test_gpt2_without_files_is_tiktokens(gpt2: tuple[ours.Tokenizer, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_FILES))
+    for vocab_size in (GPT2_VOCAB_SIZE, 50304):
+        bare = load_tokenizer(tmp_path, vocab_size)
+        text = "Hello <|endoftext|> world, it's 42 ☃"
+        assert bare.encode(text) == gpt2[0].encode(text)
+        assert bare.decode(bare.encode(text)) == text
+        assert bare.eos_id == gpt2[0].eos_id == 50256
+
+
+def test_gpt2_without_files_or_network(tmp_path: Path, monkeypatch: Any) -> None:
+    import tiktoken.registry
+
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    for scheme in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(CheckpointError, match="no tokenizer files, and GPT-2's cannot be had"):
+        load_tokenizer(tmp_path, GPT2_VOCAB_SIZE)
+
+
+BYTE_LEVEL = [{"add_prefix_space": prefix, "use_regex": regex} for prefix in (False, True) for regex in (True, False)]
+
+
+@pytest.fixture(scope="module", params=BYTE_LEVEL, ids=lambda flags: "-".join(k for k, v in flags.items() if v))
+def small(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ours.Tokenizer, Tokenizer]:
+    """A small trained tokenizer with a padding token and with ids that are not in the order of the merges."""
+    theirs = trained(**request.param)
+    theirs.add_tokens([AddedToken("<pad>", normalized=True), AddedToken("<|end", normalized=True)])
+    raw = json.loads(theirs.to_str())
+    ids = list(raw["model"]["vocab"].values())
+    random.Random(1).shuffle(ids)
+    renamed = dict(zip(raw["model"]["vocab"].values(), ids, strict=True))
+    raw["model"]["vocab"] = {token: renamed[id] for token, id in raw["model"]["vocab"].items()}
+    for token in raw["added_tokens"]:
+        token["id"] = renamed.get(token["id"], token["id"])
+    theirs = Tokenizer.from_str(json.dumps(raw))
+    folder = save(theirs, tmp_path_factory.mktemp("small"))
+    return load_tokenizer(folder, theirs.get_vocab_size() + 8), theirs
+
+
+@PROPERTY
+@given(text=TEXT)
+def test_trained_equals_tokenizers(small: tuple[ours.Tokenizer, Tokenizer], text: str) -> None:
+    check_equal(*small, text)
+
+
+@PROPERTY
+@given(ids=st.lists(st.integers(0, 400), max_size=30))
+def test_trained_decodes_any_ids(small: tuple[ours.Tokenizer, Tokenizer], ids: list[int]) -> None:
+    mine, theirs = small
+    assert mine.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+@pytest.mark.parametrize("wrapper", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_saved_by_transformers(tmp_path: Path, wrapper: str, add_prefix_space: bool) -> None:
+    import transformers
+
+    backend = trained(add_prefix_space=add_prefix_space)
+    if wrapper == "GPT2Tokenizer":
+        model = json.loads(backend.to_str())["model"]
+        merges = [tuple(pair) for pair in model["merges"]]
+        saved = transformers.GPT2Tokenizer(vocab=model["vocab"], merges=merges, add_prefix_space=add_prefix_space)
+    else:
+        saved = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="<|endoftext|>", add_prefix_space=add_prefix_space
+        )
+    saved.add_tokens(["<pad>"])
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    mine = load_tokenizer(tmp_path, len(theirs))
+    for text in ["", " ", *FRAGMENTS, "".join(FRAGMENTS), *CORPUS]:
+        ids = mine.encode(text)
+        assert ids == theirs(text)["input_ids"], text
+        assert mine.decode(ids) == theirs.decode(ids)
+    assert mine.eos_id == theirs.eos_token_id
+
+
+def test_tokenizer_json_of_merges_as_strings(tmp_path: Path) -> None:
+    theirs = trained()
+    merges = [" ".join(pair) for pair in json.loads(theirs.to_str())["model"]["merges"]]
+    mine = load_tokenizer(edited(theirs, tmp_path, model__merges=merges), 390)
+    check_equal(mine, theirs, CORPUS[0])
+
+
+def test_added_token_beyond_the_embeddings_is_plain_text(tmp_path: Path) -> None:
+    theirs = trained()
+    folder = save(theirs, tmp_path / "with")
+    plain = load_tokenizer(folder, 390).encode("a<pad>b")
+    theirs.add_special_tokens(["<pad>"])
+    folder = save(theirs, tmp_path / "beyond")
+    assert load_tokenizer(folder, 390).encode("a<pad>b") == plain
+    assert load_tokenizer(folder, 391).encode("a<pad>b") == theirs.encode("a<pad>b").ids
+
+
+def test_added_token_outside_ascii_round_trips(tmp_path: Path) -> None:
+    """tokenizers decodes such a token to U+FFFD, through the byte alphabet; its text is what was meant."""
+    theirs = trained()
+    theirs.add_special_tokens(["<é>"])
+    mine = load_tokenizer(save(theirs, tmp_path), 391)
+    assert mine.encode("x<é>y") == theirs.encode("x<é>y").ids
+    assert mine.decode(mine.encode("x<é>y")) == "x<é>y"
+
+
+# --- merges that are not those of a trained vocabulary ---------------------------------------------------------------
+
+
+@settings(PROPERTY, max_examples=300)
+@given(data=st.data())
+def test_any_merges(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Arbitrary merges over a few letters: many of the tokens are unreachable, and some texts tempt tiktoken."""
+    tokens, merges = list("abc"), []
+    for _ in range(data.draw(st.integers(1, 14))):
+        left, right = data.draw(st.sampled_from(tokens)), data.draw(st.sampled_from(tokens))
+        if left + right not in tokens and len(left + right) < 12:
+            tokens.append(left + right)
+            merges.append((left, right))
+    orphans = [t for t in data.draw(st.lists(st.text("abc", min_size=2, max_size=4), max_size=2)) if t not in tokens]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = list(dict.fromkeys([*orphans, *alphabet, *reversed(tokens)]))
+    theirs = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    mine = load_tokenizer(save(theirs, tmp_path_factory.getbasetemp() / "merges"), len(vocabulary))
+    for text in [*tokens, *orphans, *data.draw(st.lists(st.text("abc", max_size=30), min_size=5, max_size=5))]:
+        check_equal(mine, theirs, text)
+
+
+@pytest.mark.parametrize(
+    ("merges", "fault"),
+    [
+        ([("ab", "c"), ("a", "b")], "comes before what makes its parts"),
+        ([("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")], "makes a token for the second time"),
+    ],
+)
+def test_merges_out_of_order_are_refused(tmp_path: Path, merges: list[tuple[str, str]], fault: str) -> None:
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "bc", "abc"]
+    theirs = trained()
+    vocab = {token: id for id, token in enumerate(vocabulary)}
+    folder = edited(theirs, tmp_path, model__vocab=vocab, model__merges=merges, added_tokens=[])
+    with pytest.raises(CheckpointError, match=fault):
+        load_tokenizer(folder, 300)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"normalizer": {"type": "NFC"}}, "normalizer='NFC' is not supported"),
+    ({"model__type": "Unigram"}, "model.type='Unigram' is not supported"),
+    ({"model": None}, "expected model to be"),
+    ({"model__dropout": 0.5}, "model.dropout=0.5 is not supported"),
+    ({"model__byte_fallback": True}, "model.byte_fallback=True"),
+    ({"model__end_of_word_suffix": "</w>"}, "model.end_of_word_suffix='</w>'"),
+    ({"model__vocab": {"a": 0, "b": 0}}, "distinct ids"),
+    ({"model__vocab": {"a": 0, "b": 1}, "added_tokens": []}, "254 have none"),
+    ({"model__vocab": ["a"]}, "distinct ids"),
+    ({"model__merges": "ab"}, "expected a list of merges"),
+    ({"model__merges": ["ab"]}, "expected a merge of two tokens, got 'ab'"),
+    ({"model__merges": [["a", 1]]}, "expected a merge of two tokens"),
+    ({"model__merges": ["ÿ ÿ"]}, "1 tokens that have no id"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer.type='Whitespace'"),
+    ({"pre_tokenizer": None}, "expected pre_tokenizer to be"),
+    ({"decoder": {"type": "WordPiece"}}, "decoder.type='WordPiece'"),
+    ({"post_processor": {"type": "TemplateProcessing"}}, "a post_processor that adds tokens"),
+    ({"post_processor": {"type": "Sequence", "processors": [{"type": "BertProcessing"}]}}, "post_processor that adds"),
+    ({"added_tokens": {}, "model__ignore_merges": True}, "ignore_merges"),
+    ({"added_tokens": [{"content": "<m>", "id": 390, "lstrip": True}]}, "lstrip of the added token '<m>'"),
+    ({"added_tokens": [{"content": "<m>", "id": 7}]}, "the id 7 of the added token '<m>' is not its own"),
+    ({"added_tokens": [3]}, "expected an added token with its content, got 3"),
+    ({"added_tokens": 3}, "expected added_tokens to be a list"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_unsupported_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    tokenizer = trained()
+    tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.normalizer = normalizers.NFC() if "NFC" in message else None
+    with pytest.raises(CheckpointError) as error:
+        load_tokenizer(edited(tokenizer, tmp_path, **changes), 500)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_vocabulary_beyond_the_embeddings(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has ids up to 389, but the model's vocabulary has 380"):
+        load_tokenizer(save(trained(), tmp_path), 380)
+
+
+def test_ignore_merges_of_a_trained_vocabulary(tmp_path: Path) -> None:
+    theirs = trained()
+    folder = edited(theirs, tmp_path, model__ignore_merges=True)
+    check_equal(load_tokenizer(folder, 390), Tokenizer.from_file(str(folder / "tokenizer.json")), CORPUS[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", os.urandom(300), b"[" * 100_000])
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+def test_damaged_files(tmp_path: Path, file: str, content: bytes) -> None:
+    (tmp_path / file).write_bytes(content)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(CheckpointError) as error:
+        load_tokenizer(tmp_path, 300)
+    assert "\n" not in str(error.value)
+
+
+def test_no_files_and_another_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="its vocabulary of 65 is not GPT-2's"):
+        load_tokenizer(tmp_path, 65)
+
+
+@pytest.mark.parametrize("flag", ["add_bos_token", "add_eos_token"])
+def test_settings_that_add_tokens_are_refused(tmp_path: Path, flag: str) -> None:
+    folder = save(trained(), tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps({flag: True}))
+    with pytest.raises(CheckpointError, match=f"{flag}=true is not supported"):
+        load_tokenizer(folder, 390)
+
+
+# --- streams and extremes --------------------------------------------------------------------------------------------
+
+
+def test_stream_never_splits_a_character(gpt2: tuple[ours.Tokenizer, Any]) -> None:
+    mine = gpt2[0]
+    stream = StreamDecoder(mine)
+    pieces = [stream.push(id) for id in mine.encode("a👩‍👩‍👧中")]
+    assert "".join(pieces) == "a👩‍👩‍👧中" and not any("\ufffd" in piece for piece in pieces)
+    first_byte = mine.encode("👩")[0]
+    assert (stream.push(first_byte), stream.flush(), stream.push(mine.encode("b")[0])) == ("", "\ufffd", "b")
+
+
+@pytest.mark.parametrize("run", [" " * 60_000, "\n \t\u3000" * 15_000, " " * 1_200_000])
+def test_long_white_space(gpt2: tuple[ours.Tokenizer, Any], run: str) -> None:
+    """A million spaces before text overflow the stack of tiktoken's regex engine when they are given to it at once."""
+    mine, theirs = gpt2
+    for text in (run, run + "x", "a" + run + " x" + run + "\nb"):
+        ids = mine.encode(text)
+        assert mine.decode(ids) == text
+        if len(run) < 100_000:
+            assert ids == theirs(text)["input_ids"]
+
+
+def test_lone_surrogate_becomes_a_replacement_character(gpt2: tuple[ours.Tokenizer, Any]) -> None:
+    assert gpt2[0].decode(gpt2[0].encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_import_is_light() -> None:
+    """Neither torch nor transformers nor the hub's client: and tiktoken only when text is encoded."""
+    import subprocess
+    import sys
+
+    heavy = ("torch", "transformers", "tiktoken", "huggingface_hub", "ml_dtypes", "safetensors")
+    code = f"import sys, tokenizer; print([m for m in {heavy} if m in sys.modules])"
+    root = Path(ours.__file__).parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

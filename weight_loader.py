@@ -1,0 +1,705 @@
+"""HuggingFace GPT-2 checkpoint → the model's parameters, as NumPy arrays by parameter name.
+
+    checkpoint = open_checkpoint("gpt2")             # a hub name, or a local folder
+    checkpoint.config.n_layer                        # 12: validated, nothing read but JSON and tensor headers so far
+    for name, array in checkpoint.parameters("float16"):
+        ...                                          # "wte.weight" (50257, 768) float16, one tensor at a time
+
+Neither torch nor transformers is needed, except that an old `pytorch_model.bin` is read with torch, if it is installed.
+Whatever is wrong with a checkpoint raises `CheckpointError`, whose text is one line: what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used. The text is one line, ready to be shown to the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def _reason(error: BaseException, limit: int = 200) -> str:
+    """Another library's error as a short single-line clause: its messages can run over whole paragraphs."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the checkpoint is: a local folder, or the HuggingFace hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The bare names that people type are redirects at the hub; the repositories themselves are these.
+HUB_REPOSITORIES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+
+# In order of preference, which is also that of transformers.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+# What tokenizer.py reads.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Find, download where needed, and validate a GPT-2 checkpoint. No weight is read yet.
+
+    Args:
+        model_type: a folder in HuggingFace's format; or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl",
+            "distilgpt2" or any "organization/name". A folder of that name wins; an `os.PathLike` is always a folder.
+        revision: branch, tag or commit at the hub (default "main"). Not for folders.
+
+    The hub is reached through `huggingface_hub`, which honours HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN; what
+    is in its cache already is not downloaded again, and is used when the hub cannot be reached.
+
+    Raises:
+        CheckpointError: the checkpoint is absent, cannot be downloaded, or is not a GPT-2 that the model can run.
+    """
+    folder = Path(model_type).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"a revision ({revision!r}) was given, but {str(folder)!r} is a folder, not a hub name"
+            )
+        return Checkpoint(folder)
+    name = os.fspath(model_type)
+    if isinstance(model_type, os.PathLike) or folder.exists() or _looks_like_a_path(name):
+        found = "it is not a folder" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"expected a checkpoint folder at {name!r}, but {found}")
+    if name not in HUB_REPOSITORIES and "/" not in name:
+        known = ", ".join(HUB_REPOSITORIES)
+        raise CheckpointError(
+            f"no model {name!r}: expected a checkpoint folder, {known}, or an organization/name at the hub"
+        )
+    return Checkpoint(_download(HUB_REPOSITORIES.get(name, name), revision))
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether `name` can only be meant as a folder: hub names are `name` or `organization/name`."""
+    return (
+        name == ""
+        or name[0] in "./~"
+        or name.startswith(os.sep)
+        or name.count("/") > 1
+        or name[-1] == "/"
+        or "\\" in name
+    )
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    """The cache's folder of a hub repository, with the files that a checkpoint needs downloaded into it.
+
+    All files are of one commit: the first request resolves the revision, the others name the commit, so those that are
+    cached already cost no request. The small files come first, so that cached weights imply a complete checkpoint.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    asked = f"{repository!r}" if revision is None else f"{repository!r} at revision {revision!r}"
+    unreachable: Exception | None = None  # why only the cache is consulted
+
+    def fail(what: str, error: BaseException) -> NoReturn:
+        raise CheckpointError(f"{what}: {_reason(error)}") from error
+
+    # One request of our own decides between the hub and the cache: hf_hub_download would try to reach an absent
+    # network for half a minute, for each file.
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision))
+    except HFValidationError as error:
+        fail(f"{repository!r} is not a valid name at the hub", error)
+    except RevisionNotFoundError:
+        raise CheckpointError(f"the hub has {repository!r}, but not its revision {revision!r}") from None
+    except EntryNotFoundError:
+        raise CheckpointError(f"{asked} at the hub is not a checkpoint: it has no config.json") from None
+    except Exception as error:  # no network, no permission, or whatever a proxy provokes: the cache may do
+        unreachable = error
+
+    def fetch(file: str, commit: str | None) -> Path | None:
+        """The file's path in the cache, or None where the repository (or, without a hub, the cache) lacks it."""
+        if commit is not None:
+            cached = try_to_load_from_cache(repository, file, revision=commit)
+            if isinstance(cached, str):
+                return Path(cached)
+            if cached is not None:  # the cache remembers that the repository has no such file
+                return None
+        try:
+            return Path(
+                hf_hub_download(repository, file, revision=commit or revision, local_files_only=unreachable is not None)
+            )
+        except LocalEntryNotFoundError as error:
+            if unreachable is None:
+                fail(f"the connection to the hub was lost before {file} of {asked} was downloaded", error)
+            return None
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            fail(f"the download of {file} of {asked} was interrupted (run again to take it up)", error)
+
+    config = fetch("config.json", None)
+    if config is None:
+        if isinstance(unreachable, GatedRepoError):
+            raise CheckpointError(
+                f"{asked} is gated at the hub: ask for access on its page and set HF_TOKEN"
+            ) from unreachable
+        if isinstance(unreachable, RepositoryNotFoundError):
+            message = (
+                f"there is no folder {repository!r}, and no such repository at the hub (or it is private: set HF_TOKEN)"
+            )
+            raise CheckpointError(message) from unreachable
+        if isinstance(unreachable, OfflineModeIsEnabled):
+            raise CheckpointError(
+                f"{asked} is not in the cache, and HF_HUB_OFFLINE forbids a download"
+            ) from unreachable
+        fail(
+            f"{asked} is not in the cache, and the hub cannot be reached",
+            unreachable or FileNotFoundError("config.json"),
+        )
+    folder = config.parent
+    for file in TOKENIZER_FILES:
+        fetch(file, folder.name)
+    for file in WEIGHT_FILES:
+        path = fetch(file, folder.name)
+        if path is not None:
+            if file.endswith(".index.json"):
+                for shard in _shard_names(path):
+                    if fetch(shard, folder.name) is None:
+                        raise CheckpointError(f"{asked} lacks the shard {shard} that its {file} names")
+            return folder
+    if unreachable is not None:
+        fail(f"the weights of {asked} are not in the cache, and the hub cannot be reached", unreachable)
+    return folder  # without weights: Checkpoint says so
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The settings of config.json that determine the computation, by HuggingFace's names.
+
+    `activation_function` is one of "gelu_new" (tanh approximation), "gelu" (erf), "relu", "silu"; their aliases are
+    resolved. `eos_token_id` is None where config.json has none, or one that the vocabulary lacks (the default of 50256
+    in small models), which could never be generated.
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int
+    activation_function: str
+    layer_norm_epsilon: float
+    tie_word_embeddings: bool
+    eos_token_id: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as a plain dict."""
+        return asdict(self)
+
+
+# Name → (default of transformers' GPT2Config, largest accepted value). The limits are far above any real model; they
+# keep a damaged config.json from asking for astronomic amounts of work before the first comparison with the weights.
+_SIZES = {
+    "vocab_size": (50257, 2**24),
+    "n_positions": (1024, 2**24),
+    "n_layer": (12, 2**12),
+    "n_head": (12, 2**12),
+    "n_embd": (768, 2**17),
+}
+
+# transformers reads these as synonyms.
+_SYNONYMS = {
+    "n_positions": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
+
+_ACTIVATIONS = {
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",  # the same formula
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+_ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
+
+# Settings that change the computation → the one value that the model implements.
+_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {_reason(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"expected a JSON object in {path}, got a {type(value).__name__}")
+    return value
+
+
+def _read_config(path: Path) -> CheckpointConfig:
+    """Validate a config.json."""
+    if not path.is_file():
+        raise CheckpointError(f"{str(path.parent)!r} is not a checkpoint: it has no config.json")
+    raw = read_json(path)
+    _check_architecture(path, raw)
+
+    def integer(name: str, value: object, limit: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise CheckpointError(f"{path}: expected {name} to be an integer from 1 to {limit}, got {_shown(value)}")
+        return value
+
+    sizes = {}
+    for name, (default, limit) in _SIZES.items():
+        synonym = _SYNONYMS.get(name, name)
+        if name in raw and synonym in raw and raw[name] != raw[synonym]:
+            values = f"{_shown(raw[name])} and {_shown(raw[synonym])}"
+            raise CheckpointError(f"{path}: {name} and its synonym {synonym} contradict each other: {values}")
+        sizes[name] = integer(name, raw.get(name, raw.get(synonym, default)), limit)
+    n_inner = raw.get("n_inner")
+    n_inner = 4 * sizes["n_embd"] if n_inner is None else integer("n_inner", n_inner, 2**19)
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise CheckpointError(f"{path}: n_embd ({sizes['n_embd']}) is not a multiple of n_head ({sizes['n_head']})")
+
+    activation = raw.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        accepted = ", ".join(_ACTIVATIONS)
+        raise CheckpointError(f"{path}: expected activation_function to be one of {accepted}, got {_shown(activation)}")
+    epsilon = raw.get("layer_norm_epsilon", 1e-5)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+        raise CheckpointError(
+            f"{path}: expected layer_norm_epsilon to be a number between 0 and 1, got {_shown(epsilon)}"
+        )
+    tied = raw.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise CheckpointError(f"{path}: expected tie_word_embeddings to be true or false, got {_shown(tied)}")
+    eos = raw.get("eos_token_id")
+    if isinstance(eos, list) and len(eos) == 1:
+        eos = eos[0]
+    if eos is not None and (isinstance(eos, bool) or not isinstance(eos, int)):
+        raise CheckpointError(f"{path}: expected eos_token_id to be an integer or null, got {_shown(eos)}")
+    return CheckpointConfig(
+        **sizes,
+        n_inner=n_inner,
+        activation_function=_ACTIVATIONS[activation],
+        layer_norm_epsilon=float(epsilon),
+        tie_word_embeddings=tied,
+        eos_token_id=eos if eos is not None and 0 <= eos < sizes["vocab_size"] else None,
+    )
+
+
+def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse what is not a GPT-2 language model, or is one with a computation of its own."""
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if model_type != "gpt2" and (model_type is not None or not architectures):
+        raise CheckpointError(f"{path}: expected model_type 'gpt2', got {_shown(model_type)}")
+    if architectures and not (isinstance(architectures, list) and all(a in _ARCHITECTURES for a in architectures)):
+        accepted = " or ".join(_ARCHITECTURES)
+        raise CheckpointError(f"{path}: expected architectures to be {accepted}, got {_shown(architectures)}")
+    for name, implemented in _FIXED.items():
+        if raw.get(name, implemented) is not implemented:
+            value = _shown(raw[name])
+            raise CheckpointError(f"{path}: {name}={value} is not supported, only {name}={_shown(implemented)}")
+    for name in ("quantization_config", "pruned_heads"):
+        if raw.get(name):
+            raise CheckpointError(f"{path}: a checkpoint with {name} is not supported")
+
+
+def _shown(value: object) -> str:
+    """A JSON value for a message."""
+    try:
+        text = json.dumps(value)
+    except ValueError:  # an integer beyond Python's limit for printing
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files that hold the weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as its file's header describes it."""
+
+    dtype: str  # in safetensors' notation: "F32"
+    shape: tuple[int, ...]
+
+
+class _WeightFile(Protocol):
+    """An open file of weights: `tensors` comes from headers alone, `read` gives rows [start, stop) of one of them."""
+
+    tensors: dict[str, _Stored]
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray: ...
+
+
+class _SafetensorsFile:
+    """A memory-mapped .safetensors file.
+
+    The safetensors library validates the file: its header, and that the tensors fill the rest without gap or overlap.
+    The values are then taken straight from the mapping, since the library would copy each tensor before its conversion.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy"), path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            begin = 8 + int.from_bytes(self._bytes[:8], "little")
+            header = json.loads(self._bytes[8:begin])
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {_reason(error)}") from error
+        header.pop("__metadata__", None)
+        self.tensors = {name: _Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        self._offsets = {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        stored = self.tensors[name]
+        dtype = _numpy_dtype({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[stored.dtype])
+        count = int(np.prod(stored.shape, dtype=np.int64))
+        values = np.frombuffer(self._bytes, dtype, count, self._offsets[name])
+        return values.reshape(stored.shape)[start:stop]
+
+
+class _TorchFile:
+    """An old pytorch_model.bin. Only tensors are unpickled (`weights_only`): code in the file is refused, not run."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            hint = "pip install torch==2.13.0"
+            raise CheckpointError(f"PyTorch is needed to read {path}, and is not installed: {hint}") from error
+        try:
+            # Only the zip format can be memory-mapped; files of before 2020 are read whole.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:
+            message = f"{path} is not a readable PyTorch file of tensors and nothing else: {_reason(error)}"
+            raise CheckpointError(message) from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"expected a dict of tensors in {path}, got a {type(state).__name__}")
+        notation = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        self._bfloat16, self._int16 = torch.bfloat16, torch.int16
+        self._state, self.tensors = state, {}
+        for name, tensor in state.items():
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"expected only named tensors in {path}, got {_shown(str(name))}: {type(tensor).__name__}"
+                )
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise CheckpointError(
+                    f"{path}: {name} is a tensor without plain values ({tensor.layout}, {tensor.device.type})"
+                )
+            dtype = notation.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            self.tensors[name] = _Stored(dtype, tuple(tensor.shape))
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        rows = self._state[name].detach()[start:stop]
+        if rows.dtype == self._bfloat16:  # NumPy has no bfloat16 of its own: the bits go over as integers
+            import ml_dtypes
+
+            bits: np.ndarray = rows.contiguous().view(self._int16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        values: np.ndarray = rows.numpy()
+        return values
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The shards that a *.index.json names: files beside it, never elsewhere."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: expected weight_map to map tensor names to file names")
+    suffix = ".safetensors" if index.name == "model.safetensors.index.json" else ".bin"
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if "/" in shard or "\\" in shard or shard.startswith(".") or not shard.endswith(suffix):
+            raise CheckpointError(f"{index}: expected the name of a {suffix} file beside it, got {_shown(shard)}")
+    return shards
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights."""
+    for file in WEIGHT_FILES:
+        path = folder / file
+        if path.is_file():
+            paths = [folder / shard for shard in _shard_names(path)] if file.endswith(".index.json") else [path]
+            absent = [p.name for p in paths if not p.is_file()]
+            if absent:
+                raise CheckpointError(f"{path} names shards that are missing: {', '.join(absent)}")
+            return paths
+    raise CheckpointError(f"{str(folder)!r} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SOURCE_DTYPES = ("F32", "F16", "BF16", "F64")
+_PREFIX = "transformer."
+# Causal masks, which old versions of transformers saved with the weights.
+_BUFFERS = (".attn.bias", ".attn.masked_bias")
+# transformers' Conv1D keeps weights as (in, out), nvtripy's Linear as (out, in).
+_CONV1D = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".mlp.c_proj.weight")
+
+
+def parameter_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter that `Checkpoint.parameters` yields, in its order, with its shape; linear weights (out, in)."""
+    embd, inner = config.n_embd, config.n_inner
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.vocab_size, embd),
+        "wpe.weight": (config.n_positions, embd),
+    }
+    for layer in range(config.n_layer):
+        block = f"h.{layer}"
+        shapes[f"{block}.ln_1.weight"] = shapes[f"{block}.ln_1.bias"] = (embd,)
+        for linear, (size_out, size_in) in {
+            "attn.c_attn": (3 * embd, embd),
+            "attn.c_proj": (embd, embd),
+            "ln_2": (embd, 0),
+            "mlp.c_fc": (inner, embd),
+            "mlp.c_proj": (embd, inner),
+        }.items():
+            shapes[f"{block}.{linear}.weight"] = (size_out, size_in) if size_in else (size_out,)
+            shapes[f"{block}.{linear}.bias"] = (size_out,)
+    shapes["ln_f.weight"] = shapes["ln_f.bias"] = (embd,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, embd)
+    return shapes
+
+
+class Checkpoint:
+    """A validated GPT-2 checkpoint in a local folder. The files stay open (memory-mapped) as long as it lives.
+
+    Attributes:
+        path: the folder.
+        config: the settings of its config.json.
+
+    Raises:
+        CheckpointError: at construction, from config.json and the headers of the weight files alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_config(path / "config.json")
+        self._paths = _weight_paths(path)
+        self._sources: dict[str, tuple[_WeightFile, str]] = {}  # parameter → its file, and its name there
+        surplus: list[str] = []
+        expected = parameter_shapes(self.config)
+        for file_path in self._paths:
+            file: _WeightFile = (
+                _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _TorchFile(file_path)
+            )
+            for stored_name in file.tensors:
+                name = stored_name.removeprefix(_PREFIX)
+                if name.startswith("h.") and name.endswith(_BUFFERS) and name not in expected:
+                    continue
+                if name in self._sources:
+                    raise CheckpointError(f"{path}: {name} is stored twice")
+                if name in expected or name == "lm_head.weight":
+                    self._sources[name] = file, stored_name
+                else:
+                    surplus.append(stored_name)
+        self._check_tensors(expected, surplus)
+
+    def _check_tensors(self, expected: dict[str, tuple[int, ...]], surplus: list[str]) -> None:
+        """Compare the stored tensors with those that config.json implies; name all differences at once."""
+        missing = [name for name in expected if name not in self._sources]
+        shapes, dtypes = [], []
+        for name, (file, stored_name) in self._sources.items():
+            stored = file.tensors[stored_name]
+            shape = expected.get(name, expected["wte.weight"])  # a tied head is as large as the embedding
+            if name.endswith(_CONV1D):
+                shape = shape[::-1]
+            if stored.shape != shape:
+                shapes.append(f"{stored_name} (expected {shape}, got {stored.shape})")
+            if stored.dtype not in _SOURCE_DTYPES:
+                dtypes.append(f"{stored_name} ({stored.dtype})")
+        faults = {
+            "missing": missing,
+            "unexpected": surplus,
+            "of a wrong shape": shapes,
+            f"of a dtype other than {', '.join(_SOURCE_DTYPES)}": dtypes,
+        }
+        found = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+        if found:
+            raise CheckpointError(
+                f"the tensors in {str(self.path)!r} are not those that its config.json implies: {found}"
+            )
+
+    def parameters(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield every parameter by name, in the order of `parameter_shapes`, reading one tensor at a time.
+
+        Args:
+            dtype: "float32", "float16" or "bfloat16" (arrays of `ml_dtypes.bfloat16`), for all parameters but those of
+                the LayerNorms, which always come as float32.
+
+        Yields:
+            (name, array): C-contiguous; linear weights are (out, in); "lm_head.weight" (vocab, n_embd) only if untied.
+
+        Raises:
+            CheckpointError: a finite value overflows `dtype` (the tensor is named), or a head is stored that differs
+                from the embedding although config.json says that they are tied.
+            ValueError: another `dtype`.
+        """
+        if dtype not in PARAMETER_DTYPES:
+            raise ValueError(f"expected dtype to be one of {', '.join(PARAMETER_DTYPES)}, got {dtype!r}")
+        self._check_tied_head()
+        for name, shape in parameter_shapes(self.config).items():
+            file, stored_name = self._sources[name]
+            transpose = name.endswith(_CONV1D)
+            source = file.read(stored_name, 0, shape[1] if transpose else shape[0])
+            layer_norm = ".ln_" in name or name.startswith("ln_f.")
+            yield name, _convert(name, source, _numpy_dtype("float32" if layer_norm else dtype), transpose)
+
+    def _check_tied_head(self) -> None:
+        """Refuse a stored head that is not the embedding: transformers would not tie it, so its logits would differ."""
+        if not self.config.tie_word_embeddings or "lm_head.weight" not in self._sources:
+            return
+        (head, head_name), (embedding, embedding_name) = self._sources["lm_head.weight"], self._sources["wte.weight"]
+        rows = max(1, 2**22 // self.config.n_embd)  # some 16 MB at a time
+        for start in range(0, self.config.vocab_size, rows):
+            stop = min(start + rows, self.config.vocab_size)
+            a, b = head.read(head_name, start, stop), embedding.read(embedding_name, start, stop)
+            if not np.array_equal(a, b):
+                raise CheckpointError(
+                    f"{self.path / 'config.json'} ties lm_head.weight to wte.weight, but the stored values differ: "
+                    "expected equal values or tie_word_embeddings=false"
+                )
+
+    def fingerprint(self) -> str:
+        """A hexadecimal hash that identifies the configuration and the weights, to name what is derived from them.
+
+        It covers the validated config, every tensor's name, dtype and shape, and each weight file's content: in full
+        up to 64 MB (so a copied small checkpoint keeps its fingerprint); of a larger file its size, its time of
+        modification in nanoseconds, and 256 evenly spaced samples of 64 KiB, among them its start and its end.
+        """
+        digest = hashlib.blake2b(json.dumps(self.config.as_dict(), sort_keys=True).encode(), digest_size=16)
+        for name in sorted(self._sources):
+            file, stored_name = self._sources[name]
+            digest.update(repr((name, stored_name, file.tensors[stored_name])).encode())
+        for path in self._paths:
+            try:
+                for piece in _content_pieces(path):
+                    digest.update(piece)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        return digest.hexdigest()
+
+
+_FULLY_HASHED = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 256, 2**16
+
+
+def _content_pieces(path: Path) -> Iterable[bytes]:
+    """What of a file goes into the fingerprint."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size <= _FULLY_HASHED:
+            yield repr((path.name, status.st_size)).encode()
+            while piece := file.read(2**20):
+                yield piece
+        else:
+            yield repr((path.name, status.st_size, status.st_mtime_ns)).encode()
+            last = status.st_size - _SAMPLE_BYTES
+            for sample in range(_SAMPLES):
+                file.seek(last * sample // (_SAMPLES - 1))
+                yield file.read(_SAMPLE_BYTES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversion
+# ---------------------------------------------------------------------------------------------------------------------
+
+PARAMETER_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a name, with bfloat16, which is not NumPy's own."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _convert(name: str, source: np.ndarray, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
+    """A C-contiguous array of `dtype` that owns its memory: `source` or, of a matrix, its transpose."""
+    import ml_dtypes
+
+    largest = float(ml_dtypes.finfo(dtype).max)
+    if largest < float(ml_dtypes.finfo(source.dtype).max):
+        _check_range(name, source, dtype, largest)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs that the checkpoint holds pass through
+        if not transpose:
+            return source.astype(dtype, order="C")
+        converted = source.astype(dtype, copy=False)
+    result = np.empty(source.shape[::-1], dtype)
+    for row in range(0, len(converted), 16):  # in strips that the cache holds: twice as fast as in one go
+        result[:, row : row + 16] = converted[row : row + 16].T
+    return result
+
+
+def _check_range(name: str, source: np.ndarray, dtype: np.dtype[Any], largest: float) -> None:
+    """Refuse finite values that would become infinite in `dtype`."""
+    if max(-float(source.min()), float(source.max())) <= largest:  # the usual case, and false if there is a NaN
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        overflown = np.isinf(source.astype(dtype)) & np.isfinite(source)
+    if overflown.any():
+        value = float(source[overflown][0])
+        raise CheckpointError(
+            f"{name} holds {value:g}, which overflows {dtype.name} (its largest value is {largest:g})"
+        )
