@@ -86,17 +86,17 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
 
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
-    config = gpt.config
+    return tp.compile(gpt, args=_inputs(gpt.config, batch))
+
+
+def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
     tokens = (1, 1, config.n_positions)  # decoding, one token at a time, is what matters most
-    return tp.compile(
-        gpt,
-        args=[
-            tp.InputInfo((batch, tokens), dtype=tp.int32),
-            tp.InputInfo((batch,), dtype=tp.int32),
-            tp.InputInfo(config.cache_shape(batch), dtype=config.tripy_dtype),
-            tp.InputInfo((batch,), dtype=tp.int32),
-        ],
-    )
+    return [
+        tp.InputInfo((batch, tokens), dtype=tp.int32),
+        tp.InputInfo((batch,), dtype=tp.int32),
+        tp.InputInfo(config.cache_shape(batch), dtype=config.tripy_dtype),
+        tp.InputInfo((batch,), dtype=tp.int32),
+    ]
 
 
 def open_engine(
@@ -122,12 +122,13 @@ def open_engine(
     path = folder / f"{name}-{_key(checkpoint, config, batch)}.engine"
     if path.exists():
         try:
-            engine = Engine(tp.Executable.load(str(path)), config, batch)
+            engine = Engine(_load(path, config, batch), config, batch)
             report(f"opened {path}")
             return engine
         except Exception as error:
             # Any damage ends here, whatever nvtripy or the runtime make of it: the engine can always be built again.
-            report(f"{path} cannot be used ({str(error).strip().splitlines()[0]}): building it again")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            report(f"{path} cannot be used ({reason}): building it again")
     executable = compile_model(load_model(checkpoint, config), batch)
     _save(executable, path)
     report(f"saved {path}")
@@ -135,6 +136,18 @@ def open_engine(
         if stale != path:
             stale.unlink(missing_ok=True)
     return Engine(executable, config, batch)
+
+
+def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
+    """The executable in a file.
+
+    Raises:
+        Exception: of any kind, if the file holds anything else, or an executable for other inputs.
+    """
+    executable = tp.Executable.load(str(path))
+    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != _inputs(config, batch):
+        raise ValueError("it holds something else")
+    return executable
 
 
 def _key(checkpoint: Checkpoint, config: GPTConfig, batch: int) -> str:

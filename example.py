@@ -93,6 +93,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             raise UsageError(f"expected --{name.replace('_', '-')} to be at least {least} but got {getattr(options, name)}")
     if "" in options.stop:
         raise UsageError("expected --stop to be a text but got an empty one")
+    for name, text in [("input-text", options.input_text or ""), *(("stop", stop) for stop in options.stop)]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # Python hands over bytes that are not UTF-8 as lone surrogates
+            raise UsageError(f"expected --{name} to be UTF-8 text") from None
     if options.seed is None:
         options.seed = int.from_bytes(os.urandom(4), "little")
     try:
@@ -108,21 +113,24 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: there is none, one is empty, or they are not text.
     """
+    source = options.batch or "standard input"
     try:
         if options.batch is not None:
-            prompts = options.batch.read_text(encoding="utf-8").splitlines()
-            if not prompts:
-                raise UsageError(f"expected a prompt on each line of {options.batch} but the file is empty")
+            # Not splitlines, which would also cut at a form feed or U+2028 within a prompt.
+            prompts = options.batch.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            if prompts == [""]:
+                raise UsageError(f"expected a prompt on each line of {source} but the file is empty")
         elif options.input_text is not None:
             prompts = [options.input_text]
+        elif sys.stdin is None:
+            raise UsageError("expected a prompt: standard input is closed, and there is no --input-text and no --batch")
         else:
             if sys.stdin.isatty():
                 print("Reading the prompt from standard input; end it with Ctrl-D.", file=sys.stderr)
             prompts = [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
     except OSError as error:
-        raise UsageError(f"cannot read {options.batch}: {error.strerror}") from None
+        raise UsageError(f"cannot read {source}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        source = options.batch or "standard input"
         raise UsageError(f"expected UTF-8 text in {source} but byte {error.start} is not") from None
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
@@ -293,6 +301,8 @@ def _peak_memory_mb() -> float:
 
 def main() -> int:
     """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
+    if sys.stdout is None:
+        return _fail("standard output is closed")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
         run(parse_arguments())
@@ -310,7 +320,7 @@ def main() -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"example.py: error: {message}", file=sys.stderr)
+    print("example.py: error:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 

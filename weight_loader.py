@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -83,16 +84,17 @@ def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = N
     Raises:
         CheckpointError: the checkpoint is absent, cannot be downloaded, or is not a GPT-2 that the model can run.
     """
-    folder = Path(model_type).expanduser()
-    if folder.is_dir():
+    name = os.fspath(model_type)
+    folder = Path(os.path.expanduser(name))
+    if name and os.path.isdir(folder):  # unlike Path.is_dir, no error for a name that no file can have
         if revision is not None:
             raise CheckpointError(
                 f"a revision ({revision!r}) was given, but {str(folder)!r} is a folder, not a hub name"
             )
         return Checkpoint(folder)
-    name = os.fspath(model_type)
-    if isinstance(model_type, os.PathLike) or folder.exists() or _looks_like_a_path(name):
-        found = "it is not a folder" if folder.exists() else "there is no such folder"
+    exists = name != "" and os.path.exists(folder)
+    if isinstance(model_type, os.PathLike) or exists or _looks_like_a_path(name):
+        found = "it is not a folder" if exists else "there is no such folder"
         raise CheckpointError(f"expected a checkpoint folder at {name!r}, but {found}")
     if name not in HUB_REPOSITORIES and "/" not in name:
         known = ", ".join(HUB_REPOSITORIES)
@@ -140,7 +142,8 @@ def _download(repository: str, revision: str | None) -> Path:
     # One request of our own decides between the hub and the cache: hf_hub_download would try to reach an absent
     # network for half a minute, for each file.
     try:
-        get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision))
+        if get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision)).commit_hash is None:
+            unreachable = ConnectionError("the answer is not a hub's (is HF_ENDPOINT right?)")
     except HFValidationError as error:
         fail(f"{repository!r} is not a valid name at the hub", error)
     except RevisionNotFoundError:
@@ -169,7 +172,7 @@ def _download(repository: str, revision: str | None) -> Path:
         except EntryNotFoundError:
             return None
         except Exception as error:
-            fail(f"the download of {file} of {asked} was interrupted (run again to take it up)", error)
+            fail(f"the download of {file} of {asked} failed (run again: complete files are kept)", error)
 
     config = fetch("config.json", None)
     if config is None:
@@ -425,7 +428,9 @@ class _TorchFile:
             raise CheckpointError(f"PyTorch is needed to read {path}, and is not installed: {hint}") from error
         try:
             # Only the zip format can be memory-mapped; files of before 2020 are read whole.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of formats that are odd or old: they are read, or refused below
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:
             message = f"{path} is not a readable PyTorch file of tensors and nothing else: {_reason(error)}"
             raise CheckpointError(message) from error

@@ -75,8 +75,19 @@ def _subtract(a: int | Symbolic, b: int | Symbolic) -> Dim:
     return _add(a, _multiply(b, -1))
 
 
-def _divide(a: int | Symbolic, b: int | Symbolic) -> Dim:
-    """Floor division. Sizes are not negative, so TensorRT's truncation is the same."""
+def _truncate(a: int | Symbolic, b: int | Symbolic) -> Dim:
+    """Division toward zero, as TensorRT divides integers. The same as the floor unless the signs differ."""
+    if isinstance(a, int) and isinstance(b, int) and b:
+        return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    return _floor(a, b) if b != 0 and _is_size(a) and _is_size(b) else None
+
+
+def _is_size(dim: int | Symbolic) -> bool:
+    """Whether a dim is certainly not negative."""
+    return all(coefficient >= 0 for coefficient in _terms(dim).values())
+
+
+def _floor(a: int | Symbolic, b: int | Symbolic) -> Dim:
     if b == 0:
         return None
     if isinstance(a, int) and isinstance(b, int):
@@ -106,7 +117,7 @@ def _extreme(name: str, choose: Callable[[int, int], int]) -> Callable[[int | Sy
         if isinstance(a, int):
             a, b = b, a
         # A positive combination of sizes is not negative: the usual clamp at zero changes nothing.
-        if isinstance(b, int) and b <= 0 and all(coefficient > 0 for _, coefficient in _terms(a).items()):
+        if isinstance(b, int) and b <= 0 and _is_size(a):
             return a if name == "max" else b
         return Symbolic.of(f"{name}({a}, {b})")
 
@@ -117,8 +128,8 @@ _OPERATIONS: dict[str, Callable[[int | Symbolic, int | Symbolic], Dim]] = {
     "kSUM": _add,
     "kSUB": _subtract,
     "kPROD": _multiply,
-    "kDIV": _divide,
-    "kFLOOR_DIV": _divide,
+    "kDIV": _truncate,
+    "kFLOOR_DIV": _floor,
     "kMAX": _extreme("max", max),
     "kMIN": _extreme("min", min),
 }

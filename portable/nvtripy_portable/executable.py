@@ -1,16 +1,19 @@
 """A compiled function: its graph, ready to run or to be written to a file.
 
 The file holds nothing but data. Layout: the magic, the length of the header and its SHA-256 (so that a damaged file is refused
-before anything is built from it), the header (JSON: inputs, operations, outputs), then the constants' bytes, each at a multiple of 64.
+before anything is built from it), the header (JSON: producer, inputs, operations, outputs), then the constants' bytes, each at a
+multiple of 64. Like a TensorRT engine, it is for the code that made it: another version of this package refuses it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import struct
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -140,7 +143,17 @@ def _encode(graph: Graph, store: Any) -> dict[str, Any]:
                 "location": operation.location,
             }
         )
-    return {"inputs": inputs, "operations": operations, "outputs": [numbers[output] for output in graph.outputs]}
+    outputs = [numbers[output] for output in graph.outputs]
+    return {"producer": _producer(), "inputs": inputs, "operations": operations, "outputs": outputs}
+
+
+@functools.cache
+def _producer() -> str:
+    """Identifies the code that compiles and runs executables: this package's own sources."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
@@ -154,6 +167,8 @@ def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
     def decode_bounds(entry: dict[str, Any] | None) -> Bounds | None:
         return entry and Bounds(**{name: tuple(entry[name]) for name in ("min", "opt", "max")})
 
+    if header["producer"] != _producer():
+        raise FormatError("the executable was made by another version of nvtripy-portable")
     graph = Graph()
     for entry in header["inputs"]:
         values.append(Value(decode_type(entry["type"])))

@@ -72,7 +72,9 @@ class _NvtripyLoader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        stand_in = _tensorrt_stand_in() if importlib.util.find_spec("tensorrt") is None else None
+        # A module that the program itself put there counts as well; one without a spec makes find_spec raise.
+        is_missing = "tensorrt" not in sys.modules and importlib.util.find_spec("tensorrt") is None
+        stand_in = _tensorrt_stand_in() if is_missing else None
         if stand_in is not None:
             sys.modules["tensorrt"] = stand_in
         try:
