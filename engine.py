@@ -73,7 +73,8 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
         CheckpointError: the weights are not those of ``config``.
     """
     gpt = GPT(config)
-    # NumPy has no bfloat16 to hand over, so those weights go as float32 and are rounded in the graph, once, when it is compiled.
+    # NumPy has no bfloat16 to hand over, so those weights go as float32 and are rounded in the graph, once, when it is
+    # compiled.
     source_dtype = "float32" if config.dtype == "bfloat16" else config.dtype
     wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
     state = {}
@@ -106,9 +107,11 @@ def open_engine(
     folder: Path | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> Engine:
-    """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and then saved.
+    """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and then
+    saved.
 
-    An engine is current if it was made from the same weights, for the same type and batch, by the same code and the same nvtripy.
+    An engine is current if it was made from the same weights, for the same type and batch, by the same code and the
+    same nvtripy.
 
     Raises:
         EngineError: ``folder`` cannot be read or written.

@@ -78,19 +78,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=200, help="default %(default)s")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: a new one each time)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 picks the most likely token (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 picks the most likely token (default %(default)s)"
+    )
     parser.add_argument("--top-k", metavar="K", type=int, default=5, help="0 keeps all tokens (default %(default)s)")
     parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: off)")
     parser.add_argument("--num-samples", metavar="N", type=int, default=1, help="responses to each prompt")
     parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text (repeatable)")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    parser.add_argument("--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time")
+    parser.add_argument(
+        "--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time"
+    )
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
     for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
         if getattr(options, name) < least:
-            raise UsageError(f"expected --{name.replace('_', '-')} to be at least {least} but got {getattr(options, name)}")
+            raise UsageError(
+                f"expected --{name.replace('_', '-')} to be at least {least} but got {getattr(options, name)}"
+            )
     if "" in options.stop:
         raise UsageError("expected --stop to be a text but got an empty one")
     for name, text in [("input-text", options.input_text or ""), *(("stop", stop) for stop in options.stop)]:
@@ -149,7 +155,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -
     for ids in encoded:
         if len(ids) >= context:
             raise UsageError(
-                f"expected a prompt of at most {context - 1} tokens (the model's context is {context}) but got {len(ids)}"
+                f"expected a prompt of at most {context - 1} tokens (the context is {context}) but got {len(ids)}"
             )
     return encoded
 

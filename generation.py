@@ -1,7 +1,8 @@
 """The decode loop and sampling, used by every program in this repository.
 
-Sampling runs on the host, in NumPy, from a counter-based generator (Philox, Salmon et al. 2011): a sequence of tokens depends on the
-logits, the seed and the sample's number alone, not on the machine, the batch it ran in or the number of threads.
+Sampling runs on the host, in NumPy, from a counter-based generator (Philox, Salmon et al. 2011): a sequence of tokens
+depends on the logits, the seed and the sample's number alone, not on the machine, the batch it ran in or the number of
+threads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class CachedModel(Protocol):
         """Forgets every sequence."""
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Appends tokens (B, T) at ``position`` (B,) and returns the float32 logits (B, V) after each row's token ``last`` (B,)."""
+        """Appends tokens (B, T) at ``position`` (B,); returns float32 logits (B, V) for each row's token ``last``."""
 
 
 class Sampler:
@@ -35,7 +36,8 @@ class Sampler:
         sample: The number of the sample under this seed; each number is an independent stream.
         temperature: Divides the logits; 0 picks the most likely token (greedy).
         top_k: Keep the k most likely tokens only; None keeps all.
-        top_p: Keep the most likely tokens that together reach this probability (nucleus sampling, Holtzman et al. 2020).
+        top_p: Keep the most likely tokens that together reach this probability (nucleus sampling, Holtzman et al.
+            2020).
 
     Raises:
         ValueError: an argument out of its range.

@@ -1,11 +1,12 @@
 """NanoGPT: GPT-2 and its relatives as nvtripy Modules, read top-down in the order in which the data flows.
 
-Half precision with float32 LayerNorm. One ``forward`` serves both uses: ``forward(idx)`` is stateless and gives the logits of
-every position; ``forward(idx, position, cache)`` continues sequences whose keys and values are in ``cache`` and returns the
-cache with the new ones written into it. The cache is a plain input and output of static shape, so TensorRT compiles it as it is.
+Half precision with float32 LayerNorm. One ``forward`` serves both uses: ``forward(idx)`` is stateless and gives the
+logits of every position; ``forward(idx, position, cache)`` continues sequences whose keys and values are in ``cache``
+and returns the cache with the new ones written into it. The cache is a plain input and output of static shape, so
+TensorRT compiles it as it is.
 
-Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D = E / H,
-V the vocabulary, L layers.
+Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D =
+E / H, V the vocabulary, L layers.
 
 Parameters are named as in HuggingFace's GPT-2; linear weights are (out_features, in_features).
 """
@@ -43,7 +44,9 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"expected n_head to divide n_embd but got {self.n_head} heads and a width of {self.n_embd}")
+            raise ValueError(
+                f"expected n_head to divide n_embd but got {self.n_head} heads and a width of {self.n_embd}"
+            )
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
                 f"expected activation_function to be one of {', '.join(ACTIVATIONS)} but got {self.activation_function}"
@@ -111,9 +114,11 @@ class GPT(tp.Module):
         Args:
             idx: Token ids, (B, T) int32.
             position: How many tokens of each sequence are in the cache already, (B,) int32. position + T may reach C.
-            cache: The key-value cache, ``config.cache_shape(B)``, in the model's type. What lies at or beyond ``position`` in it
-                is never read, so rows of a batch may have different lengths, and prompts may be padded on the right.
-            last: With it, logits are computed for one token of each sequence only: the one at this index within ``idx``, (B,) int32.
+            cache: The key-value cache, ``config.cache_shape(B)``, in the model's type. What lies at or beyond
+                ``position`` in it is never read, so rows of a batch may have different lengths, and prompts may be
+                padded on the right.
+            last: With it, logits are computed for one token of each sequence only: the one at this index within
+                ``idx``, (B,) int32.
 
         Returns:
             Logits in float32, (B, T, V), or (B, V) with ``last``. With a cache: the logits and the new cache.
@@ -186,7 +191,7 @@ class CausalSelfAttention(tp.Module):
     ) -> tuple[tp.Tensor, tp.Tensor | None]:
         q, k, v = tp.split(self.c_attn(x), 3, dim=2)  # (B, T, E) each
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)  # (B, H, T, D)
-        if cache is not None:
+        if cache is not None and update is not None:
             k, v = update(cache[0], k), update(cache[1], v)  # (B, H, C, D)
             cache = tp.stack([k, v])
         # Scaled before the product, which keeps float16 scores within range.
@@ -206,7 +211,9 @@ class CacheUpdate:
     nvtripy has no scatter, so every slot selects: the new row that belongs to it, or what it holds.
     """
 
-    def __init__(self, slots: tp.Tensor, position: tp.Tensor, batch: tp.DimensionSize, length: tp.DimensionSize) -> None:
+    def __init__(
+        self, slots: tp.Tensor, position: tp.Tensor, batch: tp.DimensionSize, length: tp.DimensionSize
+    ) -> None:
         begin = tp.unsqueeze(position, 1)  # (B, 1)
         slot = tp.unsqueeze(slots, 0)  # (1, C)
         # A logical "and" by De Morgan: nvtripy has "or" and "not" only.

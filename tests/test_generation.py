@@ -1,4 +1,5 @@
-"""Generation against its definitions: cached equals stateless, greedy equals transformers, sampling follows its distribution."""
+"""Generation against its definitions: cached equals stateless, greedy equals transformers, sampling follows its
+distribution."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine import Engine, compile_model, config_of, load_model
-from generation import MAX_SEED, Sampler, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import save_random, stateless_logits
 from transformers import GPT2LMHeadModel
+
+from engine import Engine, compile_model, config_of, load_model
+from generation import MAX_SEED, Sampler, generate
 from weight_loader import open_checkpoint
 
 CONTEXT = 230
@@ -67,7 +69,9 @@ def greedy() -> Sampler:
 PROMPT = [5, 17, 3, 88, 42, 42, 0, 96, 11, 60]
 
 
-@pytest.mark.parametrize("make_sampler", [greedy, lambda: Sampler(seed=7, top_k=None), lambda: Sampler(seed=8, top_p=0.9)])
+@pytest.mark.parametrize(
+    "make_sampler", [greedy, lambda: Sampler(seed=7, top_k=None), lambda: Sampler(seed=8, top_p=0.9)]
+)
 def test_cached_equals_stateless(checkpoint: Checkpoint, make_sampler: type[Sampler]) -> None:
     """200 tokens one at a time, each checked against the stateless forward on everything before it."""
     (tokens,) = checkpoint.generate([PROMPT], [make_sampler()], NEW_TOKENS)
@@ -125,14 +129,19 @@ def test_rows_that_the_caller_ends_draw_no_more(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], "1 to 1 prompts but got 0"), ([[1], [2]], "but got 2"), ([[]], "tokens but got 0"), ([[1] * 231], "but got 231")],
+    [
+        ([], "1 to 1 prompts but got 0"),
+        ([[1], [2]], "but got 2"),
+        ([[]], "tokens but got 0"),
+        ([[1] * 231], "but got 231"),
+    ],
 )
 def test_impossible_prompts_are_refused(checkpoint: Checkpoint, prompts: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(generate(checkpoint.engines[1], prompts, [greedy()] * len(prompts), 1, set()))
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def test_seeds_and_samples_are_independent_streams() -> None:

@@ -1,7 +1,8 @@
 """The model's logits against transformers' on the same weights: the reference that we did not write.
 
-Tolerances are relative in the 2-norm, over all logits of a call. float32: 1e-5, a hundred roundings of 6e-8 with room to spare.
-float16: 2e-3, four units of its rounding (2**-11), which enters at every operation that the model declares in float16.
+Tolerances are relative in the 2-norm, over all logits of a call. float32: 1e-5, a hundred roundings of 6e-8 with room
+to spare. float16: 2e-3, four units of its rounding (2**-11), which enters at every operation that the model declares in
+float16.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import numpy as np
 import nvtripy as tp
 import pytest
 import torch
-from engine import Engine, compile_model, config_of, load_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model import GPT, GPTConfig
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from engine import Engine, compile_model, config_of, load_model
+from model import GPT, GPTConfig
 from weight_loader import open_checkpoint
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3}
@@ -96,7 +98,9 @@ def test_random_architectures_equal_transformers(
     logits = engine.step(idx[:, :split], np.zeros(batch, np.int32), np.full(batch, split - 1, np.int32))
     found = [logits]
     for position in range(split, length):
-        found.append(engine.step(idx[:, position : position + 1], np.full(batch, position, np.int32), np.zeros(batch, np.int32)))
+        found.append(
+            engine.step(idx[:, position : position + 1], np.full(batch, position, np.int32), np.zeros(batch, np.int32))
+        )
     assert relative_error(np.stack(found, axis=1), reference[:, split - 1 :]) <= TOLERANCES[dtype]
 
 

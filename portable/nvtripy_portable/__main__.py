@@ -1,4 +1,4 @@
-"""``python -m nvtripy_portable SCRIPT [ARGUMENTS]``: runs a program that imports nvtripy, as ``python SCRIPT`` would."""
+"""``python -m nvtripy_portable SCRIPT [ARGUMENTS]`` runs a program that imports nvtripy, as ``python SCRIPT`` would."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def optimize(graph: Graph) -> None:
 
 
 def _own_constants(graph: Graph, sources: set[int]) -> None:
-    """Copies every constant that still views the caller's memory, so that changing that memory later changes nothing."""
+    """Copies every constant that still views the caller's memory, so that changing that memory later changes
+    nothing."""
     for operation in graph.operations:
         if operation.kind == "constant" and id(_root(operation.attributes["value"])) in sources:
             operation.attributes["value"] = operation.attributes["value"].copy(order="K")

@@ -1,14 +1,14 @@
 """Dimensions that are not known yet: polynomials in the names of dynamic input dimensions.
 
-Enough algebra to see that ``(2*T*4*16) // (4*16)`` is ``2*T``: that is what nvtripy's shape arithmetic comes down to. What does not
-simplify (a maximum, an uneven division) becomes a symbol of its own, named by its text, so that equal texts are equal dims.
+Enough algebra to see that ``(2*T*4*16) // (4*16)`` is ``2*T``: that is what nvtripy's shape arithmetic comes down to.
+What does not simplify (a maximum, an uneven division) becomes a symbol of its own, named by its text, so that equal
+texts are equal dims.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
 
 _Terms = dict[tuple[str, ...], int]  # the symbols of a product, sorted → its coefficient
 
@@ -32,7 +32,7 @@ class Symbolic:
 
 
 #: A number, an expression, or None where nothing is known.
-Dim = Union[int, Symbolic, None]
+Dim = int | Symbolic | None
 
 
 def combine(operation: str, a: Dim, b: Dim) -> Dim:

@@ -1,8 +1,9 @@
 """A compiled function: its graph, ready to run or to be written to a file.
 
-The file holds nothing but data. Layout: the magic, the length of the header and its SHA-256 (so that a damaged file is refused
-before anything is built from it), the header (JSON: producer, inputs, operations, outputs), then the constants' bytes, each at a
-multiple of 64. Like a TensorRT engine, it is for the code that made it: another version of this package refuses it.
+The file holds nothing but data. Layout: the magic, the length of the header and its SHA-256 (so that a damaged file is
+refused before anything is built from it), the header (JSON: producer, inputs, operations, outputs), then the constants'
+bytes, each at a multiple of 64. Like a TensorRT engine, it is for the code that made it: another version of this
+package refuses it.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
         return TensorType(entry["dtype"], tuple(_decode_dim(dim) for dim in entry["shape"]))
 
     def decode_bounds(entry: dict[str, Any] | None) -> Bounds | None:
-        return entry and Bounds(**{name: tuple(entry[name]) for name in ("min", "opt", "max")})
+        return None if entry is None else Bounds(*(tuple(entry[name]) for name in ("min", "opt", "max")))
 
     if header["producer"] != _producer():
         raise FormatError("the executable was made by another version of nvtripy-portable")

@@ -1,23 +1,23 @@
 """The intermediate representation: TensorRT-dialect operations in SSA form.
 
-A :class:`Graph` is what nvtripy's trace becomes and what every pass reads and writes. Operations carry the names and the
-attributes of the TensorRT dialect that nvtripy emits; attributes are plain Python values, so that a graph prints, compares
-and serializes without further machinery. Dimensions are numbers, expressions of dynamic input dimensions, or unknown
-(:mod:`nvtripy_portable.dims`).
+A :class:`Graph` is what nvtripy's trace becomes and what every pass reads and writes. Operations carry the names and
+the attributes of the TensorRT dialect that nvtripy emits; attributes are plain Python values, so that a graph prints,
+compares and serializes without further machinery. Dimensions are numbers, expressions of dynamic input dimensions, or
+unknown (:mod:`nvtripy_portable.dims`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from nvtripy_portable.dims import Dim
 
-Contents = Union[Dim, tuple[Dim, ...]]
+Contents = Dim | tuple[Dim, ...]
 
 #: Element types by their MLIR names, as the NumPy types that hold them (int4: one element a byte).
 DTYPES: dict[str, np.dtype] = {
@@ -70,8 +70,8 @@ class TensorType:
 class Value:
     """One tensor: an input of the graph, or a result of exactly one operation.
 
-    ``contents`` is what is known at compile time of the elements of a small integer tensor, such as a shape: one dim for a
-    scalar, a tuple of dims for a 1-D tensor, None for nothing.
+    ``contents`` is what is known at compile time of the elements of a small integer tensor, such as a shape: one dim
+    for a scalar, a tuple of dims for a 1-D tensor, None for nothing.
     """
 
     __slots__ = ("contents", "producer", "type")

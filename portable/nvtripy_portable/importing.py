@@ -2,11 +2,11 @@
 
 Three things happen, all through one finder on ``sys.meta_path``:
 
-- ``mlir_tensorrt`` resolves to :mod:`nvtripy_portable.bindings`, but only after every other finder has failed: NVIDIA's own
-  package wins wherever it is installed.
-- nvtripy imports ``tensorrt`` for nothing but a table of data types. Where it is missing, a stand-in with those names stands in
-  ``sys.modules`` while nvtripy is being imported and not a moment longer: left behind, it breaks programs that probe for
-  TensorRT (``torch._dynamo`` calls ``find_spec("tensorrt")``).
+- ``mlir_tensorrt`` resolves to :mod:`nvtripy_portable.bindings`, but only after every other finder has failed: NVIDIA's
+  own package wins wherever it is installed.
+- nvtripy imports ``tensorrt`` for nothing but a table of data types. Where it is missing, a stand-in with those names
+  stands in ``sys.modules`` while nvtripy is being imported and not a moment longer: left behind, it breaks programs
+  that probe for TensorRT (``torch._dynamo`` calls ``find_spec("tensorrt")``).
 - once nvtripy is imported, its stack capture is replaced by one that remembers (:mod:`nvtripy_portable.stack_info`).
 """
 
@@ -96,7 +96,9 @@ def _nvidia_is_installed() -> bool:
 
 
 def _tensorrt_stand_in() -> ModuleType:
-    module = ModuleType("tensorrt", "Data type names, for the time of nvtripy's import (see nvtripy_portable.importing).")
+    module = ModuleType(
+        "tensorrt", "Data type names, for the time of nvtripy's import (see nvtripy_portable.importing)."
+    )
     for name in _TENSORRT_DTYPES:
         setattr(module, name, f"tensorrt.{name}")
     return module

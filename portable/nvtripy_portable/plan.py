@@ -87,7 +87,7 @@ def _values_only_multiplied(graph: Graph) -> set[Value]:
     for operation in graph.operations:
         for index, operand in enumerate(operation.operands):
             if operation.kind != "matrix_multiply" or index != 1:
-                narrow.discard(operand)  # type: ignore[arg-type]
+                narrow.discard(operand)
     return narrow.difference(graph.outputs)
 
 

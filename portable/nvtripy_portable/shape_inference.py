@@ -1,9 +1,9 @@
 """Result types of operations: element type, rank and, as far as they can be known, dimensions.
 
-nvtripy computes shapes *in* the graph, with small integer tensors, so knowing a dimension needs the contents of such tensors as
-well as the types: :func:`infer` therefore takes, beside each operand's type, its contents where they are known, as dims
-(a tuple for a 1-D tensor, one dim for a scalar). :func:`infer_value` follows those contents through an operation.
-Both raise :class:`~nvtripy_portable.graph.GraphError` where shapes contradict each other.
+nvtripy computes shapes *in* the graph, with small integer tensors, so knowing a dimension needs the contents of such
+tensors as well as the types: :func:`infer` therefore takes, beside each operand's type, its contents where they are
+known, as dims (a tuple for a 1-D tensor, one dim for a scalar). :func:`infer_value` follows those contents through an
+operation. Both raise :class:`~nvtripy_portable.graph.GraphError` where shapes contradict each other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _meet(a: Dim, b: Dim) -> Dim:
     return b
 
 
-# --- broadcasting ------------------------------------------------------------------------------------------------------------
+# --- broadcasting -----------------------------------------------------------------------------------------------------
 
 
 def _broadcast_dim(a: Dim, b: Dim) -> Dim:
@@ -79,7 +79,7 @@ def _as_shape(contents: Contents, rank: int | None) -> tuple[Dim, ...]:
     return (None,) * rank
 
 
-# --- one rule an operation -------------------------------------------------------------------------------------------------
+# --- one rule an operation --------------------------------------------------------------------------------------------
 
 _Rule = Callable[[list[Any], list[Contents], dict[str, Any]], list[TensorType]]
 
@@ -218,8 +218,8 @@ def _convolution(operands: list[Any], contents: list[Contents], attributes: dict
     channels = combine("kPROD", kernel[1], attributes["num_groups"])
     if isinstance(data[1], int) and isinstance(channels, int) and data[1] != channels:
         raise GraphError(
-            f"convolution expected {channels} input channels (kernel {_text(kernel)}, {attributes['num_groups']} groups) "
-            f"but got {data[1]} in {_text(data)}"
+            f"convolution expected {channels} input channels (kernel {_text(kernel)}, "
+            f"{attributes['num_groups']} groups) but got {data[1]} in {_text(data)}"
         )
     windows = zip(data[2:], kernel[2:], attributes["stride"], _padding(attributes), attributes["dilation"], strict=True)
     return [TensorType(operands[0].dtype, (data[0], kernel[0], *(_window(*each) for each in windows)))]
@@ -234,7 +234,7 @@ def _deconvolution(operands: list[Any], contents: list[Contents], attributes: di
         data[2:], kernel[2:], attributes["stride"], _padding(attributes), attributes["dilation"], strict=True
     ):
         known = isinstance(size, int) and isinstance(window, int)
-        spatial.append((size - 1) * stride - padding + dilation * (window - 1) + 1 if known else None)  # type: ignore[operator]
+        spatial.append((size - 1) * stride - padding + dilation * (window - 1) + 1 if known else None)
     channels = combine("kPROD", kernel[1], attributes["num_groups"])
     return [TensorType(operands[0].dtype, (data[0], channels, *spatial))]
 
@@ -287,7 +287,7 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-# --- the contents of shape tensors -----------------------------------------------------------------------------------------
+# --- the contents of shape tensors ------------------------------------------------------------------------------------
 
 
 def constant_contents(value: np.ndarray) -> Contents:
@@ -317,9 +317,9 @@ def infer_value(
     if kind == "concatenation":
         return tuple(dim for each in contents for dim in each) if all(isinstance(c, tuple) for c in contents) else None  # type: ignore[union-attr]
     if kind == "slice" and attributes["mode"] == "kDEFAULT" and isinstance(contents[0], tuple):
-        if not all(isinstance(c, tuple) and len(c) == 1 and isinstance(c[0], int) for c in contents[1:4]):
+        start, size, stride = map(_only_number, contents[1:4])
+        if start is None or size is None or stride is None:
             return None
-        start, size, stride = (c[0] for c in contents[1:4])  # type: ignore[index]
         picked = [start + stride * i for i in range(size)]
         return tuple(contents[0][i] for i in picked) if all(0 <= i < len(contents[0]) for i in picked) else None
     if kind == "gather" and isinstance(contents[0], tuple) and isinstance(contents[1], int):
@@ -327,6 +327,12 @@ def infer_value(
     if kind == "element_wise" and attributes["operation"] not in _COMPARISONS and contents[1] is not None:
         return _element_wise_contents(attributes["operation"], contents[0], contents[1])
     return None
+
+
+def _only_number(contents: Contents) -> int | None:
+    """The number that a 1-D tensor of length one holds."""
+    only = contents[0] if isinstance(contents, tuple) and len(contents) == 1 else None
+    return only if isinstance(only, int) else None
 
 
 def _element_wise_contents(operation: str, a: Contents, b: Contents) -> Contents:

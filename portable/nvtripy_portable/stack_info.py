@@ -1,9 +1,10 @@
 """nvtripy's stack capture, remembered per line of code.
 
-nvtripy records the Python stack for every tensor it creates, so that errors can point at the user's line. On Python 3.11+
-its ``get_stack_info`` walks ``co_positions()`` of every frame's code object each time, about 2 ms a tensor: 0.8 s of tracing for
-each transformer layer. The column range depends on the code object and the line alone, so here it is computed once for each.
-This is the one place where nvtripy's internals are replaced; the records that come out are equal to the original's.
+nvtripy records the Python stack for every tensor it creates, so that errors can point at the user's line. On Python
+3.11+ its ``get_stack_info`` walks ``co_positions()`` of every frame's code object each time, about 2 ms a tensor: 0.8 s
+of tracing for each transformer layer. The column range depends on the code object and the line alone, so here it is
+computed once for each. This is the one place where nvtripy's internals are replaced; the records that come out are
+equal to the original's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Dimensions, as far as they can be known at compile time.
 
-Input dimensions become numbers (where the least and the greatest size agree) or symbols; every operation's result follows from its
-operands. ``fold_constants`` calls this for one operation after another: folding makes more shapes known, and these make more foldable.
+Input dimensions become numbers (where the least and the greatest size agree) or symbols; every operation's result
+follows from its operands. ``fold_constants`` calls this for one operation after another: folding makes more shapes
+known, and these make more foldable.
 """
 
 from __future__ import annotations

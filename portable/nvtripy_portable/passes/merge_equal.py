@@ -1,15 +1,13 @@
 """Operations that compute the same thing are computed once.
 
-Equal means: the same operation on the same operands with the same attributes; or, for small integer tensors, the same contents in terms
-of the input dimensions, however they were arrived at. The second merges the shape arithmetic that nvtripy repeats for every tensor.
+Equal means: the same operation on the same operands with the same attributes; or, for small integer tensors, the same
+contents in terms of the input dimensions, however they were arrived at. The second merges the shape arithmetic that
+nvtripy repeats for every tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
-
-import numpy as np
 
 from nvtripy_portable.graph import Graph, Operation, Value
 
@@ -38,13 +36,9 @@ def _keys(operation: Operation) -> list[Hashable]:
         value = operation.attributes["value"]
         return [("constant", value.dtype, value.shape, value.tobytes())] if value.nbytes <= _SMALL_BYTES else []
     operands = tuple(id(operand) if operand is not None else None for operand in operation.operands)
-    keys: list[Hashable] = [(operation.kind, operands, _freeze(operation.attributes))]
+    keys: list[Hashable] = [(operation.kind, operands, tuple(operation.attributes.items()))]
     contents = operation.results[0].contents
     elements = contents if isinstance(contents, tuple) else (contents,)
     if len(operation.results) == 1 and None not in elements:
         keys.append(("contents", operation.results[0].type.dtype, contents))
     return keys
-
-
-def _freeze(attributes: dict[str, Any]) -> Hashable:
-    return tuple((name, value.tobytes() if isinstance(value, np.ndarray) else value) for name, value in attributes.items())

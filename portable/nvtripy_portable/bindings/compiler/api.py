@@ -66,5 +66,6 @@ class PluginFieldInfo:
 
 def get_tensorrt_plugin_field_schema(name: str, version: str, namespace: str, extra: str) -> dict[str, PluginFieldInfo]:
     raise NotImplementedError(
-        f"TensorRT plug-in {name!r} (version {version}) cannot run on the portable runtime: plug-ins are compiled for TensorRT."
+        f"TensorRT plug-in {name!r} (version {version}) cannot run on the portable runtime: "
+        "plug-ins are compiled for TensorRT"
     )

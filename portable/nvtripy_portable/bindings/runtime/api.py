@@ -43,7 +43,8 @@ class PointerType(Enum):
 class MemRefValue(np.ndarray):
     """An array that knows where it is.
 
-    It is an ndarray because nvtripy reads results through ``memoryview``, and Python 3.10 and 3.11 let only C types offer a buffer.
+    It is an ndarray because nvtripy reads results through ``memoryview``, and Python 3.10 and 3.11 let only C types
+    offer a buffer.
     """
 
     address_space: PointerType
@@ -66,7 +67,7 @@ class MemRefValue(np.ndarray):
     def __dlpack__(self, **arguments: Any) -> Any:
         return dlpack.to_capsule(self.array, DTYPE_NAMES[self.array.dtype])
 
-    def __dlpack_device__(self) -> tuple[int, int]:
+    def __dlpack_device__(self) -> tuple[int, int]:  # type: ignore[override]
         return (dlpack.CPU, 0)
 
 
@@ -176,7 +177,11 @@ class RuntimeSession:
         self._executable = executable.portable
 
     def execute_function(
-        self, name: str, in_args: Sequence[MemRefValue], stream: Stream | None = None, client: RuntimeClient | None = None
+        self,
+        name: str,
+        in_args: Sequence[MemRefValue],
+        stream: Stream | None = None,
+        client: RuntimeClient | None = None,
     ) -> list[MemRefValue]:
         arrays = [memref.array for memref in in_args]
         _check_inputs(self._executable.graph.inputs, arrays)
@@ -206,7 +211,7 @@ def _check_inputs(inputs: Sequence[Input], arrays: Sequence[np.ndarray]) -> None
         bounds = entry.shape_bounds
         least_shape, greatest_shape = (bounds.min, bounds.max) if bounds else (expected.shape, expected.shape)
         if array.ndim != len(least_shape) or any(
-            not low <= size <= high  # type: ignore[operator]
+            not low <= size <= high
             for low, size, high in zip(least_shape, array.shape, greatest_shape, strict=True)
         ):
             raise MTRTException(

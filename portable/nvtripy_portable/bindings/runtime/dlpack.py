@@ -1,7 +1,8 @@
 """DLPack capsules in and out, without copies.
 
-NumPy speaks DLPack for its own types only. For bfloat16, float8 and int4, and to look at a capsule before it is consumed, the
-structures of ``dlpack.h`` (https://dmlc.github.io/dlpack/latest/c_api.html) are read and written here through ctypes.
+NumPy speaks DLPack for its own types only. For bfloat16, float8 and int4, and to look at a capsule before it is
+consumed, the structures of ``dlpack.h`` (https://dmlc.github.io/dlpack/latest/c_api.html) are read and written here
+through ctypes.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def from_capsule(capsule: Any) -> tuple[np.ndarray, list[int]]:
     """The array that a capsule describes, and its strides in elements. The array keeps the memory alive.
 
     Raises:
-        TypeError: not an unused DLPack capsule, memory that the host cannot read, or an element type that nvtripy lacks.
+        TypeError: not an unused DLPack capsule, memory that the host cannot read, or an element type that nvtripy
+            lacks.
     """
     if not _is_valid(capsule, _NAME):
         raise TypeError("expected an unused DLPack capsule ('dltensor')")
@@ -104,8 +106,8 @@ def from_capsule(capsule: Any) -> tuple[np.ndarray, list[int]]:
     tensor = managed.dl_tensor
     if tensor.device_type not in _HOST_DEVICES:
         raise TypeError(
-            f"expected memory of the CPU but got DLPack device type {tensor.device_type}: the portable runtime runs on the "
-            "CPU; copy the array to the host first"
+            f"expected memory of the CPU but got DLPack device type {tensor.device_type}: the portable runtime runs "
+            "on the CPU; copy the array to the host first"
         )
     name = _NAMES.get((tensor.dtype_code, tensor.dtype_bits))
     if name is None or tensor.dtype_lanes != 1 or name == "i4":
@@ -150,9 +152,7 @@ def to_capsule(array: np.ndarray, dtype: str) -> Any:
     strides = (ctypes.c_int64 * array.ndim)(*canonical_strides(list(array.shape)))
     code, bits = _CODES[dtype]
     # One byte holds one int4 element here, which is what DLPack calls an 8-bit integer.
-    tensor = _DLTensor(
-        array.ctypes.data, CPU, 0, array.ndim, code, max(bits, 8), 1, shape, strides, 0
-    )
+    tensor = _DLTensor(array.ctypes.data, CPU, 0, array.ndim, code, max(bits, 8), 1, shape, strides, 0)
     managed = _DLManagedTensor(tensor, None, _release)
     _exported[ctypes.addressof(managed)] = (managed, shape, strides, array)
     return _new_capsule(ctypes.addressof(managed), _NAME, _destroy_unused)

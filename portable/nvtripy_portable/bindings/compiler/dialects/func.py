@@ -36,6 +36,6 @@ class FuncOp:
             entry.dimension_names = {int(k): name for k, name in given.get("tensorrt.dimension_names", {}).items()}
 
 
-def ReturnOp(values: Sequence[Value]) -> None:  # noqa: N802 (MLIR's name)
+def ReturnOp(values: Sequence[Value]) -> None:
     """Ends the function at the current insertion point."""
     ir.InsertionPoint.current().block.graph.outputs = list(values)

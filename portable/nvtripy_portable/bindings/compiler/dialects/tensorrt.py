@@ -1,6 +1,7 @@
 """The TensorRT dialect: each function appends one operation to the graph and returns its result.
 
-Names and parameters are those that nvtripy calls. Where nvtripy gives a result type it is taken; elsewhere it is inferred.
+Names and parameters are those that nvtripy calls. Where nvtripy gives a result type it is taken; elsewhere it is
+inferred.
 """
 
 from __future__ import annotations
@@ -309,6 +310,11 @@ def resize_cubic(
 
 
 def opaque_plugin(
-    results: Sequence[TensorType], name: str, version: str, namespace: str, params: dict[str, Any], inputs: Sequence[Value]
+    results: Sequence[TensorType],
+    name: str,
+    version: str,
+    namespace: str,
+    params: dict[str, Any],
+    inputs: Sequence[Value],
 ) -> Value:
     raise NotImplementedError(f"TensorRT plug-in {name!r} (version {version}) cannot run on the portable runtime.")
