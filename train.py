@@ -194,7 +194,14 @@ def load_dataset(folder: Path, block_size: int) -> Dataset:
                 f"{folder / name}.bin is too short: {len(ids)} tokens, but block_size={block_size} needs at least "
                 f"{block_size + 1}; give a longer text or a smaller block_size"
             )
-    return Dataset(**parts, tokenizer=tokenizer, **sizes)
+    return Dataset(
+        train=parts["train"],
+        val=parts["val"],
+        tokenizer=tokenizer,
+        vocab_size=sizes["vocab_size"],
+        eos_token_id=sizes["eos_token_id"],
+        val_chars=sizes["val_chars"],
+    )
 
 
 class SubwordRegularizer:
@@ -307,7 +314,6 @@ def build_model(config: TrainConfig, data: Dataset) -> GPT2LMHeadModel:
             attn_pdrop=0.0,  # torch's fused attention on a CPU has no dropout
             bos_token_id=data.eos_token_id,
             eos_token_id=data.eos_token_id,
-            use_cache=False,
         )
     )
     for block in model.transformer.h:
@@ -358,7 +364,7 @@ def total_nats(model: nn.Module, ids: np.ndarray, bos_token_id: int, stride: int
     for first in range(0, len(starts), batch_size):
         group = starts[first : first + batch_size]
         windows = torch.stack([sequence[start : start + size + 1] for start in group]).to(device)
-        logits = model(input_ids=windows[:, :-1]).logits.float()  # (windows, size, vocab)
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits.float()  # (windows, size, vocab)
         nats = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").cpu().double()
         for start, row in zip(group, nats, strict=True):
             total += row[scored - start :].sum().item()
@@ -427,8 +433,9 @@ def train(config: TrainConfig) -> float:
                 group["lr"] = learning_rate(config, step)
             with mixed:
                 inputs, positions = batch.inputs.to(device), batch.positions.to(device)
-                logits = forward(input_ids=inputs, position_ids=positions).logits  # (windows, tokens, vocab)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.to(device).flatten())
+                output = forward(input_ids=inputs, position_ids=positions, use_cache=False)
+                logits = output.logits.flatten(0, 1).float()  # (windows * tokens, vocab)
+                loss = F.cross_entropy(logits, batch.targets.to(device).flatten())
             scaler.scale(loss).backward()
             if config.grad_clip:
                 scaler.unscale_(optimizer)

@@ -1,4 +1,4 @@
-"""The experiment behind checkpoints/shakespeare: 3.6 M parameters on 1 MB of plays, within an hour on two CPU cores."""
+"""The experiment behind checkpoints/shakespeare: 3.6 M parameters, 1 MB of plays, an hour on two CPU cores."""
 
 dataset = "shakespeare_bpe"
 out_dir = "out-shakespeare-bpe"

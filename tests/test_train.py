@@ -288,7 +288,8 @@ class Bigram(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(3)))
         self.config = SimpleNamespace(n_positions=context)
 
-    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache
         return SimpleNamespace(logits=self.table[input_ids])
 
 

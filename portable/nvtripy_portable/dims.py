@@ -90,6 +90,8 @@ def _is_size(dim: int | Symbolic) -> bool:
 def _floor(a: int | Symbolic, b: int | Symbolic) -> Dim:
     if b == 0:
         return None
+    if a == 0:
+        return 0
     if isinstance(a, int) and isinstance(b, int):
         return a // b
     divisor = _terms(b)
@@ -105,7 +107,7 @@ def _floor(a: int | Symbolic, b: int | Symbolic) -> Dim:
             quotient[tuple(rest)] = own_coefficient // coefficient
         else:
             return _from_terms(quotient)
-    return Symbolic.of(f"floor(({a})/({b}))")
+    return Symbolic.of(f"floor(({a})/({b}))") if _is_size(a) and _is_size(b) else None  # a symbol is not negative
 
 
 def _extreme(name: str, choose: Callable[[int, int], int]) -> Callable[[int | Symbolic, int | Symbolic], Dim]:
@@ -119,7 +121,9 @@ def _extreme(name: str, choose: Callable[[int, int], int]) -> Callable[[int | Sy
         # A positive combination of sizes is not negative: the usual clamp at zero changes nothing.
         if isinstance(b, int) and b <= 0 and _is_size(a):
             return a if name == "max" else b
-        return Symbolic.of(f"{name}({a}, {b})")
+        # Symbols are not negative, so only what is certain not to be can become one.
+        certain = (any if name == "max" else all)((_is_size(a), _is_size(b)))
+        return Symbolic.of(f"{name}({a}, {b})") if certain else None
 
     return combine_extreme
 

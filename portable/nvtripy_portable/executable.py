@@ -30,6 +30,10 @@ _PREFIX = struct.Struct("<8sQ32s")
 _ALIGNMENT = 64
 _MAX_RANK = 32
 
+# What reading a header can raise that is valid JSON but not what serialize() wrote: wrong types, absent names, numbers
+# that are no sizes, lists in lists without end.
+_NONSENSE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, GraphError)
+
 
 class FormatError(ValueError):
     """The bytes are not an executable that this version wrote."""
@@ -91,7 +95,7 @@ def deserialize(data: bytes) -> Executable:
     constants = memoryview(data)[start + (-start % _ALIGNMENT) :]
     try:
         return Executable(_decode(json.loads(header), constants))
-    except (KeyError, IndexError, TypeError, ValueError, GraphError) as error:
+    except _NONSENSE as error:
         raise FormatError(f"the executable's header makes no sense: {error!r}") from None
 
 
@@ -165,35 +169,54 @@ def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
             raise FormatError(f"unknown tensor type {entry}")
         return TensorType(entry["dtype"], tuple(_decode_dim(dim) for dim in entry["shape"]))
 
-    def decode_bounds(entry: dict[str, Any] | None) -> Bounds | None:
-        return None if entry is None else Bounds(*(tuple(entry[name]) for name in ("min", "opt", "max")))
+    def value(index: Any) -> Value:
+        if type(index) is not int or not 0 <= index < len(values):
+            raise FormatError(f"expected one of the {len(values)} values so far but got {index!r}")
+        return values[index]
 
     if header["producer"] != _producer():
         raise FormatError("the executable was made by another version of nvtripy-portable")
     graph = Graph()
     for entry in header["inputs"]:
-        values.append(Value(decode_type(entry["type"])))
-        graph.inputs.append(
-            Input(
-                values[-1],
-                entry["name"],
-                decode_bounds(entry["shape_bounds"]),
-                {int(index): name for index, name in entry["dimension_names"].items()},
-                decode_bounds(entry["value_bounds"]),
-            )
-        )
+        graph.inputs.append(_decode_input(entry, decode_type(entry["type"])))
+        values.append(graph.inputs[-1].value)
     for entry in header["operations"]:
-        attributes = {name: _as_tuple(value) for name, value in entry["attributes"].items()}
-        if entry["kind"] == "constant":
-            attributes["value"] = _load(attributes["value"], constants)
-        elif entry["kind"] not in reference.OPERATIONS:
-            raise FormatError(f"unknown operation {entry['kind']!r}")
-        operands = [None if index is None else values[index] for index in entry["operands"]]
+        kind, attributes = entry["kind"], {name: _as_tuple(value) for name, value in entry["attributes"].items()}
         result_types = [decode_type(each) for each in entry["results"]]
-        operation = graph.add(Operation(entry["kind"], operands, attributes, result_types, entry["location"]))
-        values.extend(operation.results)
-    graph.outputs = [values[index] for index in header["outputs"]]
+        if kind == "constant":
+            attributes = {"value": _load(attributes["value"], constants)}
+            if result_types != [TensorType(DTYPE_NAMES[attributes["value"].dtype], attributes["value"].shape)]:
+                raise FormatError("a constant is not of the type that is declared")
+        elif kind not in reference.OPERATIONS or attributes.get("dtype", "f32") not in DTYPES:
+            raise FormatError(f"unknown operation {kind!r} with attributes {attributes}")
+        if len(result_types) != (2 if kind == "top_k" else 1):
+            raise FormatError(f"{kind} cannot have {len(result_types)} results")
+        operands = [None if index is None else value(index) for index in entry["operands"]]
+        values.extend(graph.add(Operation(kind, operands, attributes, result_types, str(entry["location"]))).results)
+    graph.outputs = [value(index) for index in header["outputs"]]
     return graph
+
+
+def _decode_input(entry: dict[str, Any], type: TensorType) -> Input:
+    def decode_bounds(name: str, length: int) -> Bounds | None:
+        if entry[name] is None:
+            return None
+        parts = [tuple(entry[name][part]) for part in ("min", "opt", "max")]
+        if any(len(part) != length or not all(isinstance(each, int) for each in part) for part in parts):
+            raise FormatError(f"expected {name} of {length} numbers but got {entry[name]}")
+        return Bounds(*parts)
+
+    names = {int(index): str(name) for index, name in entry["dimension_names"].items()}
+    result = Input(
+        Value(type),
+        str(entry["name"]),
+        decode_bounds("shape_bounds", type.rank),
+        names,
+        decode_bounds("value_bounds", 1),
+    )
+    if any(not 0 <= index < type.rank for index in names) or not (result.shape_bounds or type.is_static):
+        raise FormatError(f"expected bounds and names for the dimensions of an input of type {type}")
+    return result
 
 
 def _load(entry: dict[str, Any], constants: memoryview) -> np.ndarray:
@@ -212,7 +235,11 @@ def _encode_dim(dim: Dim) -> int | str | None:
 
 def _decode_dim(entry: int | str | None) -> Dim:
     """Expressions come back as single symbols: at run time only their being dynamic matters."""
-    return Symbolic.of(entry) if isinstance(entry, str) else entry
+    if isinstance(entry, str):
+        return Symbolic.of(entry)
+    if entry is not None and (type(entry) is not int or entry < 0):
+        raise FormatError(f"expected a dimension but got {entry!r}")
+    return entry
 
 
 def _as_tuple(value: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from nvtripy_portable.plan import Plan, Step
+
+_NVTRIPYS_OWN = r"[/\\]nvtripy[/\\]"
 
 
 class ExecutionError(Exception):
@@ -52,4 +55,11 @@ def _root(array: np.ndarray) -> np.ndarray:
 
 def _describe(step: Step, operands: Sequence[np.ndarray | None], error: Exception) -> str:
     shapes = ", ".join("none" if each is None else f"{each.dtype}{list(each.shape)}" for each in operands)
-    return f"{step.kind}({shapes}): {error}\n{step.location}"
+    return f"{step.kind}({shapes}): {error}{_where(step.location)}"
+
+
+def _where(location: str) -> str:
+    """The lines of the user's program that a location names, innermost first; all of it where there are none."""
+    frames = re.findall(r"--> (.*?:\d+ in \S+\(\))", location)
+    users = [frame for frame in frames if not re.search(_NVTRIPYS_OWN, frame)]
+    return "".join(f"\n    --> {frame}" for frame in users[:3]) or f"\n{location}"

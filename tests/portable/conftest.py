@@ -1,5 +1,5 @@
 """What the tests of the portable runtime share."""
 
-# Where the distribution is installed its .pth file does this at every start of Python, and elsewhere these tests have to:
-# before it, nvtripy cannot be imported.
+# Before this, nvtripy cannot be imported. Where the distribution is installed, its .pth file does it at every start of
+# Python; elsewhere these tests have to.
 import nvtripy_portable  # noqa: F401

@@ -50,12 +50,14 @@ TORCH_DTYPES = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def nothing_stays_exported() -> Iterator[None]:
     """Every capsule lets go of its memory in the end."""
     gc.collect()
+    gc.freeze()  # torch's objects, which make every further collection slow
     before = len(dlpack._exported)
     yield
+    gc.unfreeze()
     gc.collect()
     assert len(dlpack._exported) <= before
 
@@ -74,7 +76,7 @@ def on_device(values: Any) -> tp.Tensor:
     return tp.copy(tp.Tensor(np.ascontiguousarray(values)), tp.device("gpu"))
 
 
-# --- DLPack in ---------------------------------------------------------------------------------------------------------------
+# --- DLPack in --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES, ids=lambda dtype: dtype.__name__)
@@ -107,7 +109,10 @@ def test_a_torch_tensor_is_viewed(dtype: Any) -> None:
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_a_result_is_viewed(dtype: Any) -> None:
     values = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]]).to(dtype)
-    result = tp.permute(tp.Tensor(values), (1, 0)).eval()
+    if dtype == torch.float8_e4m3fn:  # nvtripy lets few operations give one
+        result = tp.quantize(tp.Tensor(values.float().T.contiguous()), 1.0, tp.float8).eval()
+    else:
+        result = tp.permute(tp.Tensor(values), (1, 0)).eval()
     assert result.device.kind == "gpu"
     view = torch.from_dlpack(result)
     assert (view.dtype, view.stride()) == (dtype, (2, 1))
@@ -148,9 +153,9 @@ def test_the_strides_of_single_elements_do_not_count(shape: tuple[int, ...]) -> 
     base = np.arange(8, dtype=np.float32).reshape(2, 4)
     odd = np.lib.stride_tricks.as_strided(base[1], shape, [4 if size == 4 else 4000 for size in shape])
     assert tp.Tensor(odd).tolist() == odd.tolist()
-    assert tp.Tensor(torch.arange(8.0)[4:].as_strided(shape, [1 if size == 4 else 77 for size in shape], 4)).tolist() == (
-        odd.tolist()
-    )
+    assert tp.Tensor(
+        torch.arange(8.0)[4:].as_strided(shape, [1 if size == 4 else 77 for size in shape], 4)
+    ).tolist() == (odd.tolist())
 
 
 ARRAY = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -265,7 +270,7 @@ def test_a_capsule_is_consumed_once() -> None:
     assert tensor.tolist() == [0, 1, 2]
 
 
-# --- lifetimes ---------------------------------------------------------------------------------------------------------------
+# --- lifetimes --------------------------------------------------------------------------------------------------------
 
 
 class Owner(np.ndarray):
@@ -382,8 +387,8 @@ def test_exchanged_memory_at_the_interpreters_exit() -> None:
         import numpy as np
         import nvtripy as tp
         class Last:
-            def __del__(self, tensor=tp.Tensor(np.full(1_000_000, 2.0, np.float32))):
-                print(sum(np.from_dlpack(tensor)[-2:].tolist()))
+            def __del__(self, array=np.from_dlpack(tp.Tensor(np.full(1_000_000, 2.0, np.float32)))):
+                print(array[0] + array[-1])
         tensor = tp.Tensor(np.full(1_000_000, 3.0, np.float32))  # large enough to have its own pages
         kept = np.from_dlpack(tp.Tensor(np.full(1_000_000, 4.0, np.float32)))
         unused = tensor.__dlpack__()
@@ -399,7 +404,7 @@ def test_exchanged_memory_at_the_interpreters_exit() -> None:
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "4000000.0 3000000.0\n4.0\n")
 
 
-# --- values ------------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [*TORCH_DTYPES.values(), tp.int4], ids=str)
@@ -407,17 +412,23 @@ def test_exchanged_memory_at_the_interpreters_exit() -> None:
 def test_tolist(dtype: Any, device: str) -> None:
     values = [[0, 1, 1], [1, 0, 1]]
     tensor = tp.Tensor([[float(value) for value in row] for row in values])
-    tensor = (tp.quantize(tensor, 1.0, dtype) if dtype in (tp.int4, tp.int8, tp.float8) else tp.cast(tensor, dtype)).eval()
+    tensor = (
+        tp.quantize(tensor, 1.0, dtype) if dtype in (tp.int4, tp.int8, tp.float8) else tp.cast(tensor, dtype)
+    ).eval()
     assert (tensor.dtype, tensor.device.kind) == (dtype, "gpu")
     if device == "cpu":
         tensor = tp.copy(tensor, tp.device("cpu"))
     assert tensor.tolist() == values
-    assert type(tensor.tolist()[0][0]) is (bool if dtype == tp.bool else int if dtype in (tp.int8, tp.int32, tp.int64) else float)
+    assert type(tensor.tolist()[0][0]) is (
+        bool if dtype == tp.bool else int if dtype in (tp.int8, tp.int32, tp.int64) else float
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize(
-    "values", [1, -1.5, True, [], [[], []], [1, 2], [[1.5], [2.5]], [[True, False]], [2**40, -(2**63)], [[[0]]]], ids=str
+    "values",
+    [1, -1.5, True, [], [[], []], [1, 2], [[1.5], [2.5]], [[True, False]], [2**40, -(2**63)], [[[0]]]],
+    ids=str,
 )
 def test_python_values_go_in_and_out(values: Any, device: str) -> None:
     tensor = tp.Tensor(values, device=tp.device(device))
@@ -425,15 +436,17 @@ def test_python_values_go_in_and_out(values: Any, device: str) -> None:
     assert tensor.tolist() == values
 
 
-def test_a_memref_is_a_buffer() -> None:
-    # nvtripy's tolist takes a memoryview; the old Pythons accept nothing that is not written in C.
-    for values in ([[1.0, 2.0], [3.0, 4.0]], [[1, 2], [3, 4]], [[True, False], [False, True]]):
-        data = (tp.Tensor(values) * tp.Tensor(1 if values[0][1] != 2.0 else 1.0)).eval() if values[0][0] is not True else None
-        memref = (data or tp.Tensor(values)).trace_tensor.producer.data
-        view = memoryview(memref)
-        assert view.contiguous
-        assert view.shape == (2, 2)
-        assert view.tolist() == values
+@pytest.mark.parametrize(
+    "values", [[[1.5, 2.0], [3.0, 4.0]], [[1, 2], [3, 4]], [[True, False], [False, True]], 7, []], ids=str
+)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_memref_is_a_buffer(values: Any, device: str) -> None:
+    # nvtripy's tolist takes a memoryview, and before Python 3.12 only types written in C can offer one.
+    memref = tp.Tensor(values, device=tp.device(device)).trace_tensor.producer.data
+    view = memoryview(memref)
+    assert view.c_contiguous
+    assert view.shape == np.shape(values)
+    assert view.tolist() == values
 
 
 def test_copies_are_copies() -> None:
@@ -451,7 +464,7 @@ def test_copies_are_copies() -> None:
         tp.copy(back, tp.device("cpu"))
 
 
-# --- streams -----------------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def test_streams() -> None:
@@ -469,7 +482,9 @@ def test_streams() -> None:
 
 
 def test_an_executable_runs_in_many_threads_at_once() -> None:
-    compiled = tp.compile(lambda x: tp.sum(tp.stack([x, x * 2.0]) @ tp.ones((64, 64)), dim=1), args=[tp.InputInfo((8, 64), tp.float32)])
+    compiled = tp.compile(
+        lambda x: tp.sum(tp.stack([x, x * 2.0]) @ tp.ones((64, 64)), dim=1), args=[tp.InputInfo((8, 64), tp.float32)]
+    )
     results: dict[int, np.ndarray] = {}
 
     def work(number: int) -> None:
@@ -485,7 +500,7 @@ def test_an_executable_runs_in_many_threads_at_once() -> None:
         np.testing.assert_array_equal(results[number], np.full((2, 64), 8 * 64 * number) * [[1], [2]])
 
 
-# --- errors at a call --------------------------------------------------------------------------------------------------------
+# --- errors at a call -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +519,10 @@ def ones(*shape: int) -> tp.Tensor:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (lambda: (ones(2, 3), on_device(np.ones((2, 3), np.float16))), ["data type", "parameter y", "float32", "got: float16"]),
+        (
+            lambda: (ones(2, 3), on_device(np.ones((2, 3), np.float16))),
+            ["data type", "parameter y", "float32", "got: float16"],
+        ),
         (lambda: (ones(2, 3), ones(3)), ["tensor rank", "`y`", "expected a rank of: 2 but got: 1"]),
         (lambda: (ones(5, 3), ones(5, 3)), ["tensor shape", "`x`", "min=(1, 3), max=(4, 3)", "got: (5, 3)"]),
         (lambda: (ones(2, 4), ones(2, 3)), ["tensor shape", "`x`", "got: (2, 4)", "Dimension 1 has a shape of 4"]),
@@ -516,9 +534,11 @@ def ones(*shape: int) -> tp.Tensor:
         (lambda: (), ["Missing argument: x", "['x', 'y']"]),
         (lambda: (ones(2, 3),) * 3, ["Incorrect number of arguments", "Expected 2 arguments but got 3"]),
     ],
-    ids="dtype rank bound static zero named device lazy missing none many".split(),
+    ids=["dtype", "rank", "bound", "static", "zero", "named", "device", "lazy", "missing", "none", "many"],
 )
-def test_a_wrong_argument_is_explained(scaled: tp.Executable, arguments: Callable[[], tuple], expected: list[str]) -> None:
+def test_a_wrong_argument_is_explained(
+    scaled: tp.Executable, arguments: Callable[[], tuple], expected: list[str]
+) -> None:
     with pytest.raises(tp.TripyException) as error:
         scaled(*arguments())
     text = message(error)
@@ -556,9 +576,9 @@ def test_dimension_inputs_are_bounded(size_first: bool) -> None:
     for width in (1, 7, -3):
         with pytest.raises(tp.TripyException, match=rf"expected a value within \[2, 6\] but got {width}"):
             compiled(x=x, width=tp.DimensionSize(width))
-    with pytest.raises(tp.TripyException, match=r"reshape.*\(-1, 5\)"):
+    with pytest.raises(tp.TripyException, match=r"reshape expects a shape of 12 elements .*got \(2, 5\)"):
         tp.compile(split, args=[infos[0], tp.DimensionInputInfo((2, 3, 6))])(x, tp.DimensionSize(5))
-    # nvtripy's own explanation of a wrong shape takes dimension inputs for tensors, so it must not be asked for one then.
+    # nvtripy's own explanation of a wrong shape stumbles over a dimension before it: then it must not be asked for one.
     with pytest.raises(tp.TripyException) as error:
         compiled(x=on_device(np.zeros(25, np.float32)), width=tp.DimensionSize(2))
     assert re.search(r"(max=\[24\] but got \[25\])|(max=\(24,\), but got: \(25,\))", message(error))
@@ -576,7 +596,7 @@ def test_a_dimension_input_may_be_negative() -> None:
         assert result.tolist() == [[max(by, 0)], [min(by, 0)], [by * 2]]
 
 
-# --- errors of a program -----------------------------------------------------------------------------------------------------
+# --- errors of a program ----------------------------------------------------------------------------------------------
 
 
 def line_of(function: Callable[..., Any]) -> str:
@@ -664,7 +684,9 @@ def test_constants_that_contradict_each_other_point_at_the_line() -> None:
     ],
     ids=["broadcast", "reshape", "concatenate"],
 )
-def test_a_failure_at_run_time_says_what_failed_and_where(function: Callable[..., tp.Tensor], kind: str, reason: str) -> None:
+def test_a_failure_at_run_time_says_what_failed_and_where(
+    function: Callable[..., tp.Tensor], kind: str, reason: str
+) -> None:
     infos = [tp.InputInfo(((1, 2, 4), 3), tp.float32)] * 2
     compiled = tp.compile(function, args=infos)
     with pytest.raises(tp.TripyException) as error:
@@ -675,7 +697,7 @@ def test_a_failure_at_run_time_says_what_failed_and_where(function: Callable[...
     assert f"{HERE}:{function.__code__.co_firstlineno} in <lambda>" in text
 
 
-# --- whose memory a result is ------------------------------------------------------------------------------------------------
+# --- whose memory a result is -----------------------------------------------------------------------------------------
 
 CONSTANT = tp.Tensor(np.arange(6, dtype=np.float32).reshape(2, 3))
 
@@ -686,7 +708,12 @@ VIEWS: dict[str, Callable[[tp.Tensor], Any]] = {
     "a constant twice": lambda x: (CONSTANT, CONSTANT, x),
     "the same result twice": lambda x: ((y := x + 1.0), y),
     "views of the input": lambda x: (tp.reshape(x, (3, 2)), tp.flatten(x), x[:1], x[1:], tp.unsqueeze(x, 0)),
-    "views of a constant": lambda x: (tp.reshape(CONSTANT, (3, 2)), CONSTANT[1:], CONSTANT[0], tp.permute(CONSTANT, (1, 0))),
+    "views of a constant": lambda x: (
+        tp.reshape(CONSTANT, (3, 2)),
+        CONSTANT[1:],
+        CONSTANT[0],
+        tp.permute(CONSTANT, (1, 0)),
+    ),
     "views of one result": lambda x: ((y := x * 2.0), tp.reshape(y, (6,)), y[:1], tp.permute(y, (1, 0)), tp.flip(y)),
     "a permutation that moves nothing": lambda x: tp.permute(x[:, :1], (1, 0)),
     "an expansion": lambda x: (tp.expand(x[:1], (2, 3)), tp.expand(x[:1], (1, 3))),
@@ -725,7 +752,7 @@ def test_an_evaluated_result_is_nobody_elses(name: str) -> None:
     x = on_device(values)
     constant = memory(CONSTANT).copy()
     for each in as_tuple(VIEWS[name](x)):
-        if each not in (x, CONSTANT):
+        if each is not x and each is not CONSTANT:
             torch.from_dlpack(each.eval()).fill_(-1)
     np.testing.assert_array_equal(memory(x), values)
     np.testing.assert_array_equal(memory(CONSTANT), constant)
@@ -813,7 +840,11 @@ def test_no_operation_writes_to_its_operands() -> None:
 def test_results_of_every_type_have_it() -> None:
     # ml_dtypes' types come through the whole way, by their own names.
     x = tp.Tensor(np.float32([1.0, 2.5]))
-    for dtype, expected in ((tp.bfloat16, ml_dtypes.bfloat16), (tp.float8, ml_dtypes.float8_e4m3fn), (tp.int4, ml_dtypes.int4)):
+    for dtype, expected in (
+        (tp.bfloat16, ml_dtypes.bfloat16),
+        (tp.float8, ml_dtypes.float8_e4m3fn),
+        (tp.int4, ml_dtypes.int4),
+    ):
         result = (tp.cast(x, dtype) if dtype == tp.bfloat16 else tp.quantize(x, 1.0, dtype)).eval()
         assert memory(result).dtype == expected
         assert memory(result).astype(np.float32).tolist() == ([1.0, 2.0] if dtype == tp.int4 else [1.0, 2.5])

@@ -1,7 +1,7 @@
 """importing.py, stack_info.py and __main__.py: nvtripy is found, NVIDIA's packages win, and nothing is left behind.
 
-What an import does can be seen once in a process only, so most tests here start their own. Stand-ins for NVIDIA's packages,
-which nobody has without their hardware, are packages of a few lines in the test's own folder.
+What an import does can be seen once in a process only, so most tests here start their own. In the place of NVIDIA's
+packages, which need their hardware, are packages of a few lines in the test's own folder.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def nvidia(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return write(tmp_path / "nvidia", files)
 
 
-# --- mlir_tensorrt -----------------------------------------------------------------------------------------------------------
+# --- mlir_tensorrt ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nvidia", ["regular", "namespace"], indirect=True)
@@ -110,12 +110,12 @@ def test_importing_the_distribution_is_cheap_and_can_be_repeated() -> None:
         before = list(sys.meta_path)
         nvtripy_portable.importing.install()
         print(sys.meta_path == before)
-        print(sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "ml_dtypes", "nvtripy", "mlir_tensorrt"}))
+        print({"numpy", "ml_dtypes", "nvtripy", "mlir_tensorrt"} & {name.partition(".")[0] for name in sys.modules})
     """
-    assert run(code) == ["True", "[]"]
+    assert run(code) == ["True", "set()"]
 
 
-# --- tensorrt ----------------------------------------------------------------------------------------------------------------
+# --- tensorrt ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_stand_in_for_tensorrt_does_not_outlive_the_import() -> None:
@@ -192,7 +192,7 @@ def test_a_plugin_call_says_what_it_needs() -> None:
     assert "tensorrt" not in sys.modules
 
 
-# --- nvtripy as a package ----------------------------------------------------------------------------------------------------
+# --- nvtripy as a package ---------------------------------------------------------------------------------------------
 
 
 def test_nvtripys_sources_and_files_can_be_read() -> None:
@@ -208,7 +208,7 @@ def test_nvtripys_sources_and_files_can_be_read() -> None:
     assert run(code) == ["True"] * 3
 
 
-# --- stack_info --------------------------------------------------------------------------------------------------------------
+# --- stack_info -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -263,9 +263,7 @@ def test_stack_records_of_nvtripys_own_calls_are_those_of_the_original(
     net = Net()
     net.load_state_dict({"linear.weight": tp.iota((2, 2)), "linear.bias": tp.Tensor([0.0, 1.0])})
     with pytest.raises(tp.TripyException):
-        net(
-            tp.ones((2, 3)) @ tp.Tensor(3)
-        )
+        net(tp.ones((2, 3)) @ tp.Tensor(3))
     net(tp.ones((1, 2)))
     assert len(compared) > 50
     for expected, records in compared:
@@ -291,7 +289,9 @@ def test_stack_records_do_not_mix_code_that_differs_in_columns_alone(original: C
         namespace["f"]()
     assert [records for _, records in pairs] == [expected for expected, _ in pairs]
     if sys.version_info >= (3, 11):  # a decorator's line has one range, and all others here have more
-        ranges = [record["column_range"] for _, records in pairs for record in records[1:] if record["file"] == "same.py"]
+        ranges = [
+            record["column_range"] for _, records in pairs for record in records[1:] if record["file"] == "same.py"
+        ]
         assert {(2, 6), (3, 7), (6, 10), None} <= set(ranges)
 
 
@@ -308,6 +308,7 @@ def test_stack_records_end_at_nvtripys_limit(original: Callable[..., list[Any]])
 
 def test_stack_columns_are_computed_once_for_a_line() -> None:
     from nvtripy.utils import stack_info
+
     from nvtripy_portable.stack_info import _column_ranges
 
     def capture() -> int:
@@ -318,7 +319,7 @@ def test_stack_columns_are_computed_once_for_a_line() -> None:
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-# --- python -m nvtripy_portable ----------------------------------------------------------------------------------------------
+# --- python -m nvtripy_portable ---------------------------------------------------------------------------------------
 
 
 def test_a_script_runs_as_python_would_run_it(tmp_path: Path) -> None:
@@ -341,7 +342,9 @@ def test_a_script_runs_as_python_would_run_it(tmp_path: Path) -> None:
     assert plain.returncode == 0
     # The one difference: Python 3.9+ gives __file__ as an absolute path, as runpy does not.
     assert ours.stdout == plain.stdout.replace(str(tmp_path / "folder/script.py"), "folder/script.py", 1)
-    assert ours.stdout.splitlines()[0].startswith("__main__ folder/script.py ['folder/script.py', '--flag', 'a b', '-m', '']")
+    assert ours.stdout.splitlines()[0].startswith(
+        "__main__ folder/script.py ['folder/script.py', '--flag', 'a b', '-m', '']"
+    )
 
 
 def test_a_script_gets_nvtripy(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ through ctypes.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from typing import Any
 
@@ -33,6 +34,7 @@ _CODES = {
     "f8e4m3fn": (10, 8),
 }
 _NAMES = {code: name for name, code in _CODES.items()}
+_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex"}  # DLDataTypeCodes in words, for errors
 
 
 class _DLTensor(ctypes.Structure):
@@ -92,12 +94,12 @@ def _destroy_unused(capsule: int) -> None:
         _exported.pop(_get_pointer_address(capsule, _NAME), None)
 
 
-def from_capsule(capsule: Any) -> tuple[np.ndarray, list[int]]:
-    """The array that a capsule describes, and its strides in elements. The array keeps the memory alive.
+def from_capsule(capsule: Any) -> np.ndarray:
+    """The array that a capsule describes. It keeps the memory alive.
 
     Raises:
-        TypeError: not an unused DLPack capsule, memory that the host cannot read, or an element type that nvtripy
-            lacks.
+        TypeError: not an unused DLPack capsule, memory that the host cannot read, an element type that nvtripy
+            lacks, or elements that are not in row-major order (in the words by which nvtripy recognises that).
     """
     if not _is_valid(capsule, _NAME):
         raise TypeError("expected an unused DLPack capsule ('dltensor')")
@@ -111,25 +113,25 @@ def from_capsule(capsule: Any) -> tuple[np.ndarray, list[int]]:
         )
     name = _NAMES.get((tensor.dtype_code, tensor.dtype_bits))
     if name is None or tensor.dtype_lanes != 1 or name == "i4":
-        raise TypeError(
-            f"expected an element type out of {sorted(set(_CODES) - {'i4'})} but got DLPack type code "
-            f"{tensor.dtype_code} with {tensor.dtype_bits} bits"
-        )
+        kind = _KINDS.get(tensor.dtype_code, f"DLPack type code {tensor.dtype_code}, bits: ")
+        lanes = f" in vectors of {tensor.dtype_lanes}" if tensor.dtype_lanes != 1 else ""
+        known = ", ".join(sorted(str(DTYPES[each]) for each in _CODES if each != "i4"))
+        raise TypeError(f"expected an element type out of {known} but got {kind}{tensor.dtype_bits}{lanes}")
     shape = tensor.shape[: tensor.ndim]
     canonical = canonical_strides(shape)
     strides = tensor.strides[: tensor.ndim] if tensor.strides else canonical
     dtype = DTYPES[name]
     if 0 in shape:
-        array = np.empty(shape, dtype)
-    else:
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        buffer = (ctypes.c_uint8 * (extent * dtype.itemsize)).from_address(tensor.data + tensor.byte_offset)
-        flat = np.frombuffer(buffer, dtype)
-        array = np.lib.stride_tricks.as_strided(flat, shape, [stride * dtype.itemsize for stride in strides])
-        # NumPy keeps `buffer` alive for as long as any view of it lives; the producer hears when it is gone.
-        weakref.finalize(buffer, _call_deleter, address)
-        _set_name(capsule, _USED_NAME)
-    return array, list(strides)
+        return np.empty(shape, dtype)
+    # The stride of a dimension of size one is never used.
+    if any(size != 1 and a != b for size, a, b in zip(shape, strides, canonical, strict=True)):
+        raise TypeError(f"Given strides {strides} do not match canonical strides {canonical} for shape {shape}")
+    buffer = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(tensor.data + tensor.byte_offset)
+    # NumPy keeps `buffer` alive for as long as any view of it lives; the producer hears when it is gone. At the exit of
+    # the interpreter it hears nothing: somebody may still look, and the system takes the memory back anyway.
+    weakref.finalize(buffer, _call_deleter, address).atexit = False
+    _set_name(capsule, _USED_NAME)
+    return np.frombuffer(buffer, dtype).reshape(shape)
 
 
 def _call_deleter(address: int) -> None:
