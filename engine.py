@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +24,16 @@ class EngineError(Exception):
     """An engine folder cannot be used; one line says why."""
 
 
+@contextlib.contextmanager
+def _stderr_kept() -> Iterator[None]:
+    """nvtripy leaves a block-buffered copy of standard error in ``sys.stderr`` whenever it compiles: undone here."""
+    stderr = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stderr = stderr
+
+
 class Engine:
     """A compiled GPT and the key-value cache of the sequences that it is continuing.
 
@@ -31,6 +43,7 @@ class Engine:
         batch: How many sequences it was compiled for.
     """
 
+    @_stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
         self._executable = executable
@@ -85,6 +98,7 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     return gpt
 
 
+@_stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
     return tp.compile(gpt, args=_inputs(gpt.config, batch))
