@@ -47,7 +47,7 @@ class Engine:
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
         self._executable = executable
-        self._empty_cache = tp.zeros(config.cache_shape(batch), dtype=config.tripy_dtype).eval()
+        self._empty_cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
         self._cache = self._empty_cache
 
     def start(self) -> None:
@@ -109,7 +109,7 @@ def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
     return [
         tp.InputInfo((batch, tokens), dtype=tp.int32),
         tp.InputInfo((batch,), dtype=tp.int32),
-        tp.InputInfo(config.cache_shape(batch), dtype=config.tripy_dtype),
+        tp.InputInfo(config.cache_shape(batch), dtype=config.cache_dtype),
         tp.InputInfo((batch,), dtype=tp.int32),
     ]
 
@@ -144,7 +144,8 @@ def open_engine(
             return engine
         except Exception as error:
             # Any damage ends here, whatever nvtripy or the runtime make of it: the engine can always be built again.
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # nvtripy puts the source line before what it says of it.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             report(f"{path} cannot be used ({reason}): building it again")
     executable = compile_model(load_model(checkpoint, config), batch)
     _save(executable, path)

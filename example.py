@@ -279,7 +279,7 @@ def run(options: argparse.Namespace) -> None:
             print(group[0].prompt, end="", flush=True)
             for _, piece in pieces:
                 print(piece, end="", flush=True)
-            print()
+            print(flush=True)
         else:
             texts = [job.prompt for job in group]
             for row, piece in pieces:

@@ -5,10 +5,13 @@ logits of every position; ``forward(idx, position, cache)`` continues sequences 
 and returns the cache with the new ones written into it. The cache is a plain input and output of static shape, so
 TensorRT compiles it as it is.
 
-Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D =
-E / H, V the vocabulary, L layers.
+Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size
+D = E / H, V the vocabulary, L layers.
 
-Parameters are named as in HuggingFace's GPT-2; linear weights are (out_features, in_features).
+Parameters are named as in HuggingFace's GPT-2; linear weights are (out_features, in_features), except that weights
+quantized in blocks are (in_features, out_features): nvtripy's blocks run along the first dimension, ModelOpt's along
+the input features. Quantization is declared here with nvtripy's ``quantize`` and ``dequantize``, and becomes small
+weights when it is compiled.
 """
 
 from __future__ import annotations
@@ -38,6 +41,11 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
     dtype: str = "float16"  # of everything but LayerNorm: float16, bfloat16 or float32
+    quant_mode: str | None = None  # how linear layers are quantized: one of QUANT_MODES
+    quant_lm_head: bool = False  # the head too, and with it a tied embedding
+    per_channel: bool = True  # int8-smoothquant: a scale for each output feature, or one for the weight
+    per_token: bool = False  # int8-smoothquant: activations scaled token by token as they come, or by calibration
+    kv_cache_dtype: str | None = None  # int8 or fp8; None: as ``dtype``
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -53,6 +61,18 @@ class GPTConfig:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)} but got {self.dtype}")
+        if self.quant_mode is not None and self.quant_mode not in QUANT_MODES:
+            raise ValueError(f"expected quant_mode to be one of {', '.join(QUANT_MODES)} but got {self.quant_mode}")
+        if self.kv_cache_dtype is not None and self.kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"expected kv_cache_dtype to be one of {', '.join(CACHE_DTYPES)} but got {self.kv_cache_dtype}"
+            )
+        widths = (self.n_embd, self.inner_size)
+        if self.quant_mode == "int4-weight-only" and any(width % BLOCK_SIZE for width in widths):
+            raise ValueError(
+                f"expected widths that {BLOCK_SIZE}, the block of int4-weight-only, divides, but got "
+                f"{' and '.join(map(str, widths))}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -62,12 +82,54 @@ class GPTConfig:
     def tripy_dtype(self) -> tp.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def inner_size(self) -> int:
+        """Width of the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def cache_dtype(self) -> tp.dtype:
+        """The type of the cache as an input and output. nvtripy takes no float8 inputs: fp8's stands in ``dtype``."""
+        return tp.int8 if self.kv_cache_dtype == "int8" else self.tripy_dtype
+
+    @property
+    def is_head_quantized(self) -> bool:
+        return self.quant_mode is not None and (self.quant_lm_head or QUANT_MODES[self.quant_mode].includes_head)
+
+    @property
+    def embeds_with_head(self) -> bool:
+        """Whether a quantized head is the embedding as well, instead of a weight of its own."""
+        return self.is_head_quantized and self.quant_lm_head and self.tie_word_embeddings
+
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
         """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, H, C, D), keys before values."""
         return (self.n_layer, 2, batch, self.n_head, self.n_positions, self.head_size)
 
 
 DTYPES: dict[str, tp.dtype] = {"float16": tp.float16, "bfloat16": tp.bfloat16, "float32": tp.float32}
+
+
+CACHE_DTYPES: dict[str, tp.dtype] = {"int8": tp.int8, "fp8": tp.float8}
+BLOCK_SIZE = 128  # input features that share a scale in int4-weight-only
+
+
+@dataclass(frozen=True)
+class QuantMode:
+    """What a mode does to a linear layer."""
+
+    weight: tp.dtype
+    scales: str  # one for each "channel" (output feature), "block" of input features, or "tensor"
+    quantizes_input: bool = False  # activations to the weights' type, too (W8A8)
+    scales_input: bool = False  # multiplies the input by a vector first (AWQ, SmoothQuant)
+    includes_head: bool = False
+
+
+QUANT_MODES: dict[str, QuantMode] = {
+    "int8-weight-only": QuantMode(tp.int8, "channel"),
+    "int4-weight-only": QuantMode(tp.int4, "block", scales_input=True),
+    "fp8": QuantMode(tp.float8, "tensor", quantizes_input=True, includes_head=True),
+    "int8-smoothquant": QuantMode(tp.int8, "channel", quantizes_input=True, scales_input=True),
+}
 
 
 def gelu_tanh(x: tp.Tensor) -> tp.Tensor:
@@ -96,12 +158,14 @@ class GPT(tp.Module):
         super().__init__()
         self.config = config
         dtype = config.tripy_dtype
-        self.wte = tp.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
+        if not config.embeds_with_head:
+            self.wte = tp.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
         self.wpe = tp.Embedding(config.n_positions, config.n_embd, dtype=dtype)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = tp.Linear(config.n_embd, config.vocab_size, bias=False, dtype=dtype)
+        if config.is_head_quantized or not config.tie_word_embeddings:
+            head_mode = config.quant_mode if config.is_head_quantized else None
+            self.lm_head = Linear(config.n_embd, config.vocab_size, config, head_mode, bias=False)
 
     def forward(
         self,
@@ -126,12 +190,15 @@ class GPT(tp.Module):
         batch, length = idx.shape
         ahead = tp.unsqueeze(tp.iota((length,), dtype=tp.int32), 0)  # (1, T)
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, E)
+        embedded = self.lm_head.rows(idx) if self.config.embeds_with_head else self.wte(idx)
+        x = embedded + self.wpe(positions)  # (B, T, E)
 
         if cache is None:
             slots, update = tp.iota((length,), dtype=tp.int32), None
         else:
             slots = tp.iota((self.config.n_positions,), dtype=tp.int32)
+            if self.config.cache_dtype is tp.int8:
+                cache = tp.cast(cache, self.config.tripy_dtype)  # the numbers as they are, not yet scaled back
             update = CacheUpdate(slots, position, batch, length)
         visible = tp.reshape(slots, (1, 1, 1, -1)) <= tp.unsqueeze(tp.unsqueeze(positions, 1), 3)  # (1 or B, 1, T, C)
 
@@ -144,9 +211,14 @@ class GPT(tp.Module):
             rows = tp.iota((batch,), dtype=tp.int32) * length + last
             x = tp.gather(tp.reshape(x, (-1, self.config.n_embd)), 0, rows)  # (B, E)
         x = self.ln_f(x)
-        head = self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        logits = tp.cast(x @ tp.transpose(head, 0, 1), tp.float32)
-        return logits if cache is None else (logits, tp.stack(layers))
+        is_tied = self.config.tie_word_embeddings and not self.config.is_head_quantized
+        logits = tp.cast(x @ tp.transpose(self.wte.weight, 0, 1) if is_tied else self.lm_head(x), tp.float32)
+        if cache is None:
+            return logits
+        new_cache = tp.stack(layers)
+        if self.config.cache_dtype is tp.int8:
+            new_cache = tp.quantize(new_cache, 1.0, tp.int8)
+        return logits, new_cache
 
 
 class Block(tp.Module):
@@ -183,17 +255,26 @@ class CausalSelfAttention(tp.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.head_size, self.n_embd = config.n_head, config.head_size, config.n_embd
-        self.c_attn = tp.Linear(config.n_embd, 3 * config.n_embd, dtype=config.tripy_dtype)
-        self.c_proj = tp.Linear(config.n_embd, config.n_embd, dtype=config.tripy_dtype)
+        self.cache_rounding = CACHE_DTYPES.get(config.kv_cache_dtype or "")
+        if self.cache_rounding is not None:
+            self.k_scale, self.v_scale = scalar_parameter(config), scalar_parameter(config)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config, config.quant_mode)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config, config.quant_mode)
 
     def forward(
         self, x: tp.Tensor, visible: tp.Tensor, cache: tp.Tensor | None, update: CacheUpdate | None
     ) -> tuple[tp.Tensor, tp.Tensor | None]:
         q, k, v = tp.split(self.c_attn(x), 3, dim=2)  # (B, T, E) each
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)  # (B, H, T, D)
+        if self.cache_rounding is not None:
+            # Rounded to what the cache can hold, and not yet scaled back: the cache holds these numbers.
+            k = tp.cast(tp.quantize(k, self.k_scale, self.cache_rounding), k.dtype)
+            v = tp.cast(tp.quantize(v, self.v_scale, self.cache_rounding), v.dtype)
         if cache is not None and update is not None:
             k, v = update(cache[0], k), update(cache[1], v)  # (B, H, C, D)
             cache = tp.stack([k, v])
+        if self.cache_rounding is not None:
+            k, v = k * self.k_scale, v * self.v_scale
         # Scaled before the product, which keeps float16 scores within range.
         scores = (q * (1.0 / math.sqrt(self.head_size))) @ tp.transpose(k, 2, 3)  # (B, H, T, C)
         weights = tp.softmax(tp.where(visible, scores, -math.inf), dim=3)
@@ -236,10 +317,82 @@ class MLP(tp.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        width = 4 * config.n_embd if config.n_inner is None else config.n_inner
-        self.c_fc = tp.Linear(config.n_embd, width, dtype=config.tripy_dtype)
-        self.c_proj = tp.Linear(width, config.n_embd, dtype=config.tripy_dtype)
+        self.c_fc = Linear(config.n_embd, config.inner_size, config, config.quant_mode)
+        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.quant_mode)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
         return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Linear(tp.Module):
+    """A linear layer whose weight is quantized as ``mode`` says.
+
+    Scales are constants, as nvtripy wants them, in the model's type:
+
+    - ``weight_scale``: (out_features,), (in_features / BLOCK_SIZE, out_features) or a scalar, by the mode.
+    - ``input_scale``: a scalar, where activations are quantized and not token by token.
+    - ``pre_quant_scale``: (in_features,), where the mode multiplies the input by it first.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, config: GPTConfig, mode: str | None, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.dtype = config.tripy_dtype
+        self.mode = None if mode is None else QUANT_MODES[mode]
+        self.has_blocks = self.mode is not None and self.mode.scales == "block"
+        self.per_token = config.per_token
+        # nvtripy's own Linear declares the parameters: there is no other public way to declare one without a value.
+        plain = tp.Linear(in_features, out_features, bias=bias, dtype=self.dtype)
+        self.weight, self.bias = plain.weight, plain.bias
+        if self.mode is None:
+            return
+        if self.has_blocks:
+            self.weight = tp.Linear(out_features, in_features, bias=False, dtype=self.dtype).weight
+            self.weight_scale = tp.Linear(out_features, in_features // BLOCK_SIZE, bias=False, dtype=self.dtype).weight
+        elif self.mode.scales == "channel" and (config.per_channel or not self.mode.quantizes_input):
+            self.weight_scale = tp.Linear(1, out_features, dtype=self.dtype).bias
+        else:
+            self.weight_scale = scalar_parameter(config)
+        if self.mode.quantizes_input and not self.per_token:
+            self.input_scale = scalar_parameter(config)
+        if self.mode.scales_input:
+            self.pre_quant_scale = tp.Linear(1, in_features, dtype=self.dtype).bias
+
+    def forward(self, x: tp.Tensor) -> tp.Tensor:
+        """(..., in_features) → (..., out_features)."""
+        if self.mode is not None and self.mode.scales_input:
+            x = x * self.pre_quant_scale
+        if self.mode is not None and self.mode.quantizes_input:
+            x = self.round_input(x, self.mode.weight)
+        weight = self.rounded_weight()
+        y = x @ (weight if self.has_blocks else tp.transpose(weight, 0, 1))
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, idx: tp.Tensor) -> tp.Tensor:
+        """The weight's rows at ``idx``: the layer as an embedding, (...) → (..., in_features)."""
+        weight = self.rounded_weight()
+        rows = tp.gather(tp.transpose(weight, 0, 1) if self.has_blocks else weight, 0, idx)
+        return rows * self.pre_quant_scale if self.mode is not None and self.mode.scales_input else rows
+
+    def rounded_weight(self) -> tp.Tensor:
+        """What is left of the weight after quantization, in the shape of ``weight``."""
+        if self.mode is None:
+            return self.weight
+        dim = 0 if self.weight_scale.rank == 1 else None
+        quantized = tp.quantize(self.weight, self.weight_scale, self.mode.weight, dim)
+        return tp.dequantize(quantized, self.weight_scale, self.dtype, dim)
+
+    def round_input(self, x: tp.Tensor, dtype: tp.dtype) -> tp.Tensor:
+        """What is left of activations that go through ``dtype``."""
+        if not self.per_token:
+            return tp.dequantize(tp.quantize(x, self.input_scale, dtype), self.input_scale, self.dtype)
+        # nvtripy takes constant scales only: scaled by hand, then rounded at a scale of one.
+        scale = tp.maximum(tp.max(abs(x), dim=-1, keepdim=True) / 127.0, 1e-6)
+        return tp.dequantize(tp.quantize(x / scale, 1.0, dtype), 1.0, self.dtype) * scale
+
+
+def scalar_parameter(config: GPTConfig) -> tp.Tensor:
+    """A parameter without dimensions (a scale for a whole tensor), not set yet."""
+    return tp.Linear(1, 1, dtype=config.tripy_dtype, quant_dtype=tp.int8).weight_scale

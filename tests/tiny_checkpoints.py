@@ -29,7 +29,7 @@ def random_checkpoint(folder: Path, seed: int = 0) -> Path:
 def reciting_checkpoint(folder: Path, script: Sequence[Iterable[int]]) -> Path:
     """Whatever the prompt, token number ``p`` of prompt and text together is one of ``script[p]``, the likeliest first.
 
-    The positions' embeddings are one-hot and pass the layer unchanged; the last LayerNorm is set to make 1 and 0 of what
+    The positions' embeddings are one-hot and pass the layer unchanged; the last LayerNorm makes 1 and 0 again of what
     it has normalized; and the head holds the logits of what follows each position: 30, 29, 28, …, and 0 for the rest.
     """
     tensors = {name: np.zeros(shape) for name, shape in _shapes(CONTEXT).items()}

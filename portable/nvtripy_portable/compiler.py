@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from nvtripy_portable.graph import Graph
-from nvtripy_portable.passes import fold_constants, merge_equal
+from nvtripy_portable.passes import fold_constants, merge_equal, quantized_weights
 
-PASSES = (fold_constants.run, merge_equal.run)
+PASSES = (fold_constants.run, merge_equal.run, quantized_weights.run)
 
 
 def optimize(graph: Graph) -> None:

@@ -17,7 +17,7 @@ class ExecutionError(Exception):
 
 
 def run(plan: Plan, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Outputs of a plan: contiguous arrays that share memory with neither the inputs, the constants nor each other."""
+    """Outputs of a plan: writable, row-major, and sharing memory with neither inputs, constants nor each other."""
     slots: list[np.ndarray | None] = [None] * plan.num_slots
     slots[: plan.num_inputs] = inputs
     for index, value in plan.constants.items():
@@ -40,7 +40,7 @@ def run(plan: Plan, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     for slot in plan.outputs:
         array = np.asarray(slots[slot])
         owned = np.ascontiguousarray(array).reshape(array.shape)
-        if id(_root(owned)) in taken:
+        if id(_root(owned)) in taken or not owned.flags.writeable:  # as NumPy makes broadcasts, even of one element
             owned = owned.copy()
         taken.add(id(_root(owned)))
         outputs.append(owned)

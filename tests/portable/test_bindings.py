@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,6 @@ TORCH_DTYPES = {
     torch.int64: tp.int64,
     torch.bool: tp.bool,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_stays_exported() -> Iterator[None]:
-    """Every capsule lets go of its memory in the end."""
-    gc.collect()
-    gc.freeze()  # torch's objects, which make every further collection slow
-    before = len(dlpack._exported)
-    yield
-    gc.unfreeze()
-    gc.collect()
-    assert len(dlpack._exported) <= before
 
 
 def memory(tensor: tp.Tensor) -> np.ndarray:
@@ -582,6 +570,8 @@ def test_dimension_inputs_are_bounded(size_first: bool) -> None:
     with pytest.raises(tp.TripyException) as error:
         compiled(x=on_device(np.zeros(25, np.float32)), width=tp.DimensionSize(2))
     assert re.search(r"(max=\[24\] but got \[25\])|(max=\(24,\), but got: \(25,\))", message(error))
+    with pytest.raises(tp.TripyException, match=r"expected a value within \[2, 6\] but got shape \[2\]"):
+        compiled(x=x, width=tp.Tensor([3, 3]))
     with pytest.raises(tp.TripyException, match="expected to be on device: cpu but got: gpu"):
         compiled(x=x, width=ones(1))
 
@@ -756,6 +746,17 @@ def test_an_evaluated_result_is_nobody_elses(name: str) -> None:
             torch.from_dlpack(each.eval()).fill_(-1)
     np.testing.assert_array_equal(memory(x), values)
     np.testing.assert_array_equal(memory(CONSTANT), constant)
+
+
+def test_a_result_that_was_broadcast_to_its_own_size_can_be_written_to() -> None:
+    # NumPy's broadcasts are read-only, also those that repeat nothing.
+    compiled = tp.compile(
+        lambda x, n: tp.full((n,), tp.sum(x)), args=[tp.InputInfo((2,), tp.float32), tp.DimensionInputInfo((1, 2, 3))]
+    )
+    for size in (1, 2):
+        view = torch.from_dlpack(compiled(on_device(np.float32([1, 2])), tp.DimensionSize(size)))
+        view += 1
+        assert view.tolist() == [4] * size
 
 
 class Weights:

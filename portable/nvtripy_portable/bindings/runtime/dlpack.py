@@ -59,11 +59,7 @@ class _DLManagedTensor(ctypes.Structure):
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManagedTensor))
 _DLManagedTensor._fields_ = (("dl_tensor", _DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", _Deleter))
 
-_CapsuleDestructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _api = ctypes.pythonapi
-_new_capsule = _api.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _CapsuleDestructor)
 _is_valid = _api.PyCapsule_IsValid
 _is_valid.restype = ctypes.c_int
 _is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
@@ -73,25 +69,6 @@ _get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _set_name = _api.PyCapsule_SetName
 _set_name.restype = ctypes.c_int
 _set_name.argtypes = (ctypes.py_object, ctypes.c_char_p)
-# In a destructor the capsule is already dying: it must not become a py_object again, so its address is used as is.
-_is_valid_address = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
-_get_pointer_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", _api)
-)
-
-# What an exported capsule needs while anybody holds it, by the address of its managed tensor.
-_exported: dict[int, tuple[Any, ...]] = {}
-
-
-@_Deleter
-def _release(managed: Any) -> None:
-    _exported.pop(ctypes.addressof(managed.contents), None)
-
-
-@_CapsuleDestructor
-def _destroy_unused(capsule: int) -> None:
-    if _is_valid_address(capsule, _NAME):
-        _exported.pop(_get_pointer_address(capsule, _NAME), None)
 
 
 def from_capsule(capsule: Any) -> np.ndarray:
@@ -149,12 +126,16 @@ def canonical_strides(shape: list[int]) -> list[int]:
 
 
 def to_capsule(array: np.ndarray, dtype: str) -> Any:
-    """A capsule that views ``array`` (row-major) as elements of type ``dtype``."""
-    shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-    strides = (ctypes.c_int64 * array.ndim)(*canonical_strides(list(array.shape)))
+    """A capsule that views ``array`` (row-major) as elements of type ``dtype``.
+
+    NumPy makes it, of integers as wide, and its element type is then put right: the capsule's clean-up stays NumPy's
+    own, in C, which a consumer may run at moments when no Python code can (while an exception is being raised, say).
+    """
     code, bits = _CODES[dtype]
+    if array.dtype.isbuiltin != 1:
+        array = array.view(f"u{array.dtype.itemsize}")
+    capsule = array.__dlpack__()
+    tensor = _DLManagedTensor.from_address(_get_pointer(capsule, _NAME)).dl_tensor
     # One byte holds one int4 element here, which is what DLPack calls an 8-bit integer.
-    tensor = _DLTensor(array.ctypes.data, CPU, 0, array.ndim, code, max(bits, 8), 1, shape, strides, 0)
-    managed = _DLManagedTensor(tensor, None, _release)
-    _exported[ctypes.addressof(managed)] = (managed, shape, strides, array)
-    return _new_capsule(ctypes.addressof(managed), _NAME, _destroy_unused)
+    tensor.dtype_code, tensor.dtype_bits = code, max(bits, 8)
+    return capsule
