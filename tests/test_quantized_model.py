@@ -1,8 +1,8 @@
 """The model's quantization modes against transformers with fake-quantized weights and inputs, from the same scales.
 
 In float32, so that only the order of summation differs: 1e-5 relative to the norm, as for the unquantized model. Where
-activations are rounded too, a difference in the last bit before the rounding becomes a whole step after it, 1/127 of the
-range, for a few elements: 2e-2 covers those. A scale that is left out or on the wrong axis is off by tenths.
+activations are rounded too, a difference in the last bit before the rounding becomes a whole step after it, 1/127 of
+the range, for a few elements: 2e-2 covers those. A scale left out or on the wrong axis is off by tenths.
 """
 
 from __future__ import annotations
