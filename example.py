@@ -76,17 +76,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=200, help="default %(default)s")
-    parser.add_argument("--seed", type=int, help="same seed, same text (default: a new one each time)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 picks the most likely token (default %(default)s)"
+        "--max-new-tokens", metavar="N", type=int, default=200, help="at most so many (default %(default)s)"
     )
-    parser.add_argument("--top-k", metavar="K", type=int, default=5, help="0 keeps all tokens (default %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, help="same seed, same text (default: a new one each time)")
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.8,
+        help="divides the logits; 0 picks the most likely token (default %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, default=5, help="sample among the K likeliest; 0: all (default %(default)s)"
+    )
     parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: off)")
-    parser.add_argument("--num-samples", metavar="N", type=int, default=1, help="responses to each prompt")
+    parser.add_argument(
+        "--num-samples", metavar="N", type=int, default=1, help="responses to each prompt (default %(default)s)"
+    )
     parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text (repeatable)")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of weights and activations (default %(default)s)",
+    )
     parser.add_argument(
         "--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time"
     )

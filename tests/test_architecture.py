@@ -25,12 +25,14 @@ ROOMS = (
     "bindings",
     "compiler",
     "passes",
+    "rewrite",
     "executable",
     "interpreter",
     "plan",
     "shape_inference",
     "reference",
     "graph",
+    "packing",
     "dims",
 )
 #: Outside the house: they make `import nvtripy` find it, and import none of its rooms.

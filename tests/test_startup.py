@@ -1,4 +1,4 @@
-"""What example.py imports. The packages that make a start slow are for those who need them: nobody else waits for them."""
+"""What example.py imports: packages that make a start slow are for those who need them, and nobody else waits."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ import numpy as np
 from nvtripy_portable import interpreter, reference
 from nvtripy_portable.dims import Dim, Symbolic
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Bounds, Graph, GraphError, Input, Operation, TensorType, Value
+from nvtripy_portable.packing import pack_int4, unpack_int4
 from nvtripy_portable.plan import Plan
 
 _MAGIC = b"NVTPORT1"
@@ -100,21 +101,14 @@ def deserialize(data: bytes) -> Executable:
 
 
 def _pack(value: np.ndarray) -> bytes:
-    """Little-endian bytes in row-major order; int4 two elements a byte, the first in the low half."""
-    if value.dtype != ml_dtypes.int4:
-        return value.tobytes()
-    nibbles = value.astype(np.int8).reshape(-1).view(np.uint8) & 0xF
-    nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
-    return (nibbles[0::2] | (nibbles[1::2] << 4)).tobytes()
+    """Little-endian bytes in row-major order; int4 two elements a byte."""
+    return (pack_int4(value.reshape(-1)) if value.dtype == ml_dtypes.int4 else value).tobytes()
 
 
 def _unpack(data: memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    size = math.prod(shape)
     if dtype != ml_dtypes.int4:
         return np.frombuffer(data, dtype).reshape(shape)
-    packed = np.frombuffer(data, np.uint8)
-    nibbles = np.stack((packed & 0xF, packed >> 4), axis=-1).reshape(-1)[:size].astype(np.int8)
-    return np.where(nibbles > 7, nibbles - 16, nibbles).astype(dtype).reshape(shape)
+    return unpack_int4(np.frombuffer(data, np.uint8), math.prod(shape)).astype(dtype).reshape(shape)
 
 
 def _encode(graph: Graph, store: Any) -> dict[str, Any]:
