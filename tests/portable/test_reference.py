@@ -123,10 +123,11 @@ def broadcastable(draw: st.DrawFn, count: int) -> list[tuple[int, ...]]:
     return [tuple(1 if draw(st.booleans()) else size for size in full) for _ in range(count)]
 
 
-def test_operations_are_those_that_nvtripy_emits() -> None:
+def test_operations_are_those_that_nvtripy_emits_and_the_passes_make() -> None:
     names = """cast concatenation top_k linspace reduce element_wise unary activation normalization shape collapse_rank
         slice reshape transpose broadcast softmax select gather matrix_multiply quantize dequantize convolution
-        deconvolution pooling resize_nearest resize_linear resize_cubic"""
+        deconvolution pooling resize_nearest resize_linear resize_cubic
+        quantized_product quantized_rows"""
     assert set(reference.OPERATIONS) == set(names.split())
     for name, function in reference.OPERATIONS.items():
         assert function.__name__ == name
