@@ -294,7 +294,7 @@ def run(options: argparse.Namespace) -> None:
             print(group[0].prompt, end="", flush=True)
             for _, piece in pieces:
                 print(piece, end="", flush=True)
-            print(flush=True)
+            print()
         else:
             texts = [job.prompt for job in group]
             for row, piece in pieces:
@@ -326,14 +326,17 @@ def main() -> int:
         return _fail("standard output is closed")
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
-        run(parse_arguments())
+        try:
+            run(parse_arguments())
+        finally:
+            sys.stdout.flush()  # --help, which leaves by SystemExit, has not done so
     except (UsageError, CheckpointError) as error:
         return _fail(str(error))
     except OSError as error:
+        # What could not be written is still in the buffer, and the interpreter would try again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            # The reader has gone: nothing more to say, not even by the interpreter's own flush at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            return 1  # the reader has gone: nothing more to say
         return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
     except KeyboardInterrupt:
         return 130
