@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PORTABLE = ROOT / "portable" / "nvtripy_portable"
 
 #: The programs at the root, from top to bottom. Each may import those below it.
-PROGRAMS = ("example", "train", "engine", "generation", "tokenizer", "weight_loader", "model")
+PROGRAMS = ("example", "train", "engine", "generation", "quantization", "tokenizer", "weight_loader", "model")
 
 #: The rooms of the portable runtime, from top to bottom. Each may import those below it and the modules of its own.
 ROOMS = (

@@ -24,11 +24,13 @@ def optimize(graph: Graph) -> None:
 
 
 def _own_constants(graph: Graph, sources: set[int]) -> None:
-    """Copies every constant that still views the caller's memory, so that changing that memory later changes
-    nothing."""
+    """Copies what still views the caller's memory, so that changing that memory later changes nothing."""
     for operation in graph.operations:
-        if operation.kind == "constant" and id(_root(operation.attributes["value"])) in sources:
-            operation.attributes["value"] = operation.attributes["value"].copy(order="K")
+        if operation.kind == "constant":
+            value = operation.attributes["value"]
+            # In row-major order, as a saved executable has them: sums in another order would differ in the last bits.
+            if id(_root(value)) in sources or not value.flags.c_contiguous:
+                operation.attributes["value"] = value.copy(order="C")
 
 
 def _constants(graph: Graph) -> dict[int, np.ndarray]:

@@ -1,0 +1,679 @@
+"""A HuggingFace GPT-2 → a quantized checkpoint, configured, calibrated and exported by NVIDIA ModelOpt.
+
+    python quantization.py --model-type gpt2 --quant-mode int4-weight-only --output gpt2-int4
+
+The folder is in ModelOpt's unified HuggingFace layout, which TensorRT-LLM, vLLM and SGLang read: config.json with a
+quantization_config, hf_quant_config.json, packed weights and their scales in model.safetensors, and the tokenizer. It
+is written by ModelOpt's own exporter. The same weights, settings and text give the same bytes.
+
+torch, transformers and ModelOpt (requirements-quant.txt) are imported only while a checkpoint is being quantized. What
+`cached_checkpoint` finds in its cache costs none of them.
+
+The way of the data: calibration text → samples → `quantize_model` (ModelOpt observes and chooses scales) → `export`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
+
+ROOT = Path(__file__).resolve().parent
+EMBEDDED_CHECKPOINT = ROOT / "checkpoints" / "shakespeare"
+CALIBRATION_TEXT = EMBEDDED_CHECKPOINT / "calibration.txt"
+REQUIREMENTS = ROOT / "requirements-quant.txt"
+
+MODES = ("int8-weight-only", "int4-weight-only", "fp8", "int8-smoothquant")
+KV_CACHE_DTYPES = ("float16", "int8", "fp8")
+BLOCK = 128  # input features that share a scale in int4
+CALIB_SIZE = 32  # samples
+CALIB_LENGTH = 256  # tokens of each, or the whole context where that is shorter
+CALIB_BATCH_TOKENS = 2048  # that go through the model together: speed against memory
+SMOOTHQUANT_ALPHA = 0.5  # the paper's; ModelOpt's own default of 1.0 moves the whole difficulty into the weights
+
+Report = Callable[[str], None]
+
+
+class QuantizationError(Exception):
+    """A checkpoint cannot be quantized as asked. The text is one line, ready to be shown to the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What is quantized, how, and what it is calibrated on.
+
+    Attributes:
+        mode: One of `MODES`, or None to leave the linear layers as they are.
+
+            - ``int8-weight-only``: one scale an output feature. No calibration.
+            - ``int4-weight-only``: one scale for 128 input features, after AWQ's scaling of the inputs (Lin et al.
+              2023, arXiv:2306.00978).
+            - ``fp8``: weights and inputs in E4M3, one scale a tensor (Micikevicius et al. 2022, arXiv:2209.05433).
+              The language-model head is included.
+            - ``int8-smoothquant``: weights and inputs in int8, one scale a tensor, after SmoothQuant's scaling of the
+              inputs (Xiao et al. 2022, arXiv:2211.10438).
+        kv_cache_dtype: One of `KV_CACHE_DTYPES`; "float16" leaves the cache in the model's own type. One scale for the
+            keys and one for the values of each layer.
+        quant_lm_head: Also quantize the weight of the language-model head and, where it is tied, the embedding.
+            Weight-only, without AWQ and SmoothQuant, whose scaling of columns an embedding would have to undo.
+        per_channel: In int8-smoothquant, one weight scale an output feature.
+        per_token: In int8-smoothquant, one input scale a token, computed as it comes.
+        calib_data: A UTF-8 text file, or the name of a data set at the HuggingFace hub. None: the embedded
+            checkpoint's calibration.txt.
+        calib_size: How many samples, evenly spaced over the text. They overlap where the text is short.
+        calib_length: Tokens of each sample. None: 256, or the whole context where that is shorter.
+
+    Raises:
+        QuantizationError: a value that is not possible; the message says what was expected and what came.
+    """
+
+    mode: str | None = None
+    kv_cache_dtype: str = "float16"
+    quant_lm_head: bool = False
+    per_channel: bool = False
+    per_token: bool = False
+    calib_data: str | None = None
+    calib_size: int = CALIB_SIZE
+    calib_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise QuantizationError(f"expected a quantization mode of {', '.join(MODES)} but got {self.mode!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            expected = ", ".join(KV_CACHE_DTYPES)
+            raise QuantizationError(f"expected a KV cache dtype of {expected} but got {self.kv_cache_dtype!r}")
+        if self.mode is None and self.kv_cache_dtype == "float16":
+            raise QuantizationError("expected a quantization mode or a KV cache dtype other than float16 but got none")
+        if self.quant_lm_head and self.mode is None:
+            raise QuantizationError("expected a quantization mode with --quant-lm-head but got none")
+        for name in ("per_channel", "per_token"):
+            if getattr(self, name) and self.mode != "int8-smoothquant":
+                option = f"--{name.replace('_', '-')}"
+                raise QuantizationError(f"expected {option} with int8-smoothquant only but got it with {self.mode}")
+        for name in ("calib_size", "calib_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise QuantizationError(f"expected --{name.replace('_', '-')} to be at least 1 but got {value}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything depends on activations; the scales of int8 weights follow from the weights alone."""
+        return self.mode not in (None, "int8-weight-only") or self.kv_cache_dtype != "float16"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration text
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Names that people type → (repository, configuration, column with the text). Of others the column is guessed.
+HUB_DATASETS = {"cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "article")}
+_TEXT_COLUMNS = ("text", "article", "content", "document", "sentence")
+
+
+def calibration_text(config: QuantizationConfig) -> tuple[str, str]:
+    """The text to calibrate on, and its name for messages.
+
+    Raises:
+        QuantizationError: there is none, or it is not text.
+    """
+    if config.calib_data is None:
+        return _read_text(CALIBRATION_TEXT), str(CALIBRATION_TEXT)
+    if not _is_hub_dataset(config.calib_data):
+        return _read_text(Path(config.calib_data).expanduser()), config.calib_data
+    return _download_text(config.calib_data, config.calib_size), f"data set {config.calib_data}"
+
+
+def _is_hub_dataset(name: str) -> bool:
+    """Whether a --calib-data is the name of a data set: `name` or `organization/name`, and no such file."""
+    is_path = name == "" or name[0] in "./~" or name[-1] == "/" or name.count("/") > 1 or "\\" in name
+    return not (is_path or os.path.exists(name) or Path(name).suffix.lower() in (".txt", ".md", ".text"))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise QuantizationError(f"cannot read the calibration text {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise QuantizationError(
+            f"expected UTF-8 text to calibrate on but byte {error.start} of {path} is not"
+        ) from None
+    if "\0" in text:
+        raise QuantizationError(f"expected text to calibrate on but {path} is a binary file")
+    if not text.strip():
+        raise QuantizationError(f"expected text to calibrate on but {path} is empty")
+    return text
+
+
+def _download_text(name: str, documents: int) -> str:
+    """The first documents of a data set's training split, with an empty line between them."""
+    repository, configuration, column = HUB_DATASETS.get(name, (name, None, None))
+    try:
+        import datasets
+    except ImportError:
+        raise QuantizationError(
+            f"there is no file {name!r}, and the data set of that name needs: pip install datasets"
+        ) from None
+    try:
+        with _quiet():
+            split = datasets.load_dataset(repository, configuration, split="train", streaming=True)
+            rows = list(split.take(documents))
+    except Exception as error:  # no network, no such data set, or whatever its loader raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise QuantizationError(
+            f"there is no file {name!r}, and the data set cannot be loaded from the hub: {reason[:200]}"
+        ) from None
+    known = [c for c in (column, *_TEXT_COLUMNS) if c is not None and rows and isinstance(rows[0].get(c), str)]
+    if not known:
+        columns = ", ".join(rows[0]) if rows else "none"
+        raise QuantizationError(f"expected a column of text in the data set {name!r} but its columns are: {columns}")
+    return "\n\n".join(str(row[known[0]]) for row in rows)
+
+
+def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> np.ndarray:
+    """Token ids, (samples, tokens) int64: windows of the text at even distances, the first at its start.
+
+    Raises:
+        QuantizationError: there is no text, or it is too short for one sample.
+        CheckpointError: the checkpoint's tokenizer cannot be used.
+    """
+    from tokenizer import load_tokenizer
+
+    context = checkpoint.config.n_positions
+    length = min(CALIB_LENGTH, context) if config.calib_length is None else config.calib_length
+    if length > context:
+        raise QuantizationError(f"expected --calib-length to be at most the context of {context} but got {length}")
+    text, source = calibration_text(config)
+    ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    if len(ids) < length:
+        raise QuantizationError(
+            f"expected at least {length} tokens to calibrate on (one sample) but {source} has {len(ids)}"
+        )
+    last = len(ids) - length
+    starts = sorted({last * sample // max(config.calib_size - 1, 1) for sample in range(config.calib_size)})
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantization
+# ---------------------------------------------------------------------------------------------------------------------
+
+_INT8 = {"num_bits": 8, "axis": None}  # one scale a tensor
+_INT8_ROWS = {"num_bits": 8, "axis": 0}  # one a row: an output feature of a linear layer, a token of an embedding
+_INT8_TOKENS = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}  # one a token, computed as it comes
+_INT4_BLOCKS = {"num_bits": 4, "block_sizes": {-1: BLOCK, "type": "static"}}
+_FP8 = {"num_bits": (4, 3), "axis": None}
+
+_PRESETS = {
+    "int8-weight-only": "INT8_WEIGHT_ONLY_CFG",
+    "int4-weight-only": "INT4_AWQ_CFG",
+    "fp8": "FP8_DEFAULT_CFG",
+    "int8-smoothquant": "INT8_SMOOTHQUANT_CFG",
+}
+_HEAD_WEIGHT = {
+    "int8-weight-only": _INT8_ROWS,
+    "int4-weight-only": _INT4_BLOCKS,
+    "fp8": _FP8,
+    "int8-smoothquant": _INT8_ROWS,
+}
+
+
+def modelopt_config(config: QuantizationConfig) -> dict[str, Any]:
+    """What `modelopt.torch.quantization.quantize` is given: ModelOpt's preset of the mode and our changes to it."""
+    import modelopt.torch.quantization as mtq
+
+    if config.mode is None:
+        preset: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    else:
+        preset = copy.deepcopy(dict(getattr(mtq, _PRESETS[config.mode])))
+    entries = [
+        *preset["quant_cfg"],
+        # ModelOpt 0.47's W8A8 presets also quantize what enters a LayerNorm. No engine does, and the export drops it.
+        {"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False},
+    ]
+    if config.mode == "fp8":
+        entries += [{"quantizer_name": f"*lm_head.{which}_quantizer", "cfg": _FP8} for which in ("weight", "input")]
+    if config.mode == "int8-smoothquant":
+        preset["algorithm"] = {"method": "smoothquant", "alpha": SMOOTHQUANT_ALPHA}
+        if not config.per_channel:
+            entries.append({"quantizer_name": "*.h.*weight_quantizer", "cfg": _INT8})
+    if config.kv_cache_dtype != "float16":
+        cache = _INT8 if config.kv_cache_dtype == "int8" else _FP8
+        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": cache})
+    return {**preset, "quant_cfg": entries}
+
+
+def load_torch_model(folder: Path) -> Any:
+    """transformers' GPT2LMHeadModel of a checkpoint folder, in float32, ready to be quantized."""
+    import torch
+    import transformers
+
+    # Attention in plain operations: what is observed then does not depend on which fused kernel a processor has.
+    with _quiet(), _no_progress_bars():
+        model = transformers.GPT2LMHeadModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+    model.config.architectures = ["GPT2LMHeadModel"]  # the exporter reads it, and old checkpoints lack it
+    return model.eval()
+
+
+def quantize_model(model: Any, config: QuantizationConfig, samples: np.ndarray | None) -> None:
+    """Calibrates a GPT2LMHeadModel: from here on it computes as if it were quantized.
+
+    It is the reference for every other implementation: weights, inputs and the KV cache are rounded to what the
+    quantized types can hold and computed with in float32. Its linear layers, transformers' Conv1D, become Linear with
+    the transposed weight.
+
+    Args:
+        model: Changed in place.
+        samples: Token ids, (samples, tokens). May be None where `config.needs_calibration` is false.
+
+    Raises:
+        QuantizationError: the weights or the activations are not numbers that can be quantized.
+    """
+    import modelopt.torch.quantization as mtq
+    import torch
+
+    if config.quant_lm_head and model.config.tie_word_embeddings:
+        # Of the same values still, but each with its own quantizer.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    try:
+        with _quiet(), torch.no_grad():
+            observe = _forward_loop(config, samples) if config.needs_calibration and samples is not None else None
+            mtq.quantize(model, modelopt_config(config), observe)
+            if config.per_token:
+                _make_inputs_dynamic(model)
+            if config.quant_lm_head and config.mode is not None:
+                _quantize_head(model, config.mode)
+    except AssertionError as error:  # ModelOpt's way to refuse infinities and NaNs
+        raise QuantizationError(f"ModelOpt cannot calibrate this checkpoint: {error}") from error
+
+
+def _forward_loop(config: QuantizationConfig, samples: np.ndarray) -> Callable[[Any], None]:
+    """What ModelOpt calls to see activations: once to observe, and for AWQ once more to search."""
+    import torch
+    from tqdm import tqdm
+
+    # ModelOpt looks at every weight again in every call, and AWQ quantizes it eleven times: that has to be shared.
+    batch = max(1, CALIB_BATCH_TOKENS // samples.shape[1])
+    passes = 0
+
+    def run(model: Any) -> None:
+        nonlocal passes
+        passes += 1
+        network = model if config.mode == "fp8" else model.transformer  # of the others, none looks at the head's input
+        with tqdm(desc=f"calibration, pass {passes}", total=len(samples), unit="sample", file=sys.stderr) as progress:
+            for begin in range(0, len(samples), batch):
+                part = samples[begin : begin + batch]
+                network(torch.from_numpy(part), use_cache=False)
+                progress.update(len(part))
+
+    return run
+
+
+def _make_inputs_dynamic(model: Any) -> None:
+    """Replaces the calibrated input scales by one a token. Smoothing has to be over: it needs the calibrated ones."""
+    import modelopt.torch.quantization as mtq
+
+    for name, module in model.named_modules():
+        if name.endswith("input_quantizer") and module.is_enabled:
+            module.reset_amax()
+            mtq.set_quantizer_by_cfg(model, [{"quantizer_name": name, "cfg": _INT8_TOKENS}])
+
+
+def _quantize_head(model: Any, mode: str) -> None:
+    """Quantizes the head's weight and, where it is tied, the embedding's in the same way."""
+    import modelopt.torch.quantization as mtq
+
+    modules = {"lm_head": model.lm_head}
+    if model.config.tie_word_embeddings:
+        modules["transformer.wte"] = model.transformer.wte
+    for name, module in modules.items():
+        entry = {"quantizer_name": f"{name}.weight_quantizer", "cfg": _HEAD_WEIGHT[mode]}
+        mtq.set_quantizer_by_cfg(model, [entry])
+        mtq.calibrate(module, "max")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what ModelOpt and transformers print, warn and log off the terminal: our own progress bar says enough."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
+    """Writes a model that `quantize_model` has calibrated, in ModelOpt's unified HuggingFace layout. It is spent then.
+
+    ModelOpt's exporter does it, with two additions for what it refuses: a head of an odd number of rows in int4 gets
+    one more row, of zeros, since the exporter packs rows in pairs; and the scales of an int8 KV cache, which it knows
+    but does not write, are written as those of an fp8 cache are, with 127 for 448.
+    """
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+
+    extra: dict[str, Any] = {}
+    with _quiet(), _no_progress_bars(), torch.no_grad():
+        if config.quant_lm_head and config.mode == "int4-weight-only" and model.config.vocab_size % 2:
+            for module in (model.lm_head, model.transformer.wte):
+                if module.weight_quantizer.is_enabled:
+                    _add_row(module)
+        if config.kv_cache_dtype == "int8":
+            extra = _take_cache_scales(model)
+        # float32, so that the stored integers are those that the calibrated model computes with.
+        export_hf_checkpoint(model, dtype=torch.float32, export_dir=folder, extra_state_dict=extra)
+        if extra:
+            _declare_int8_cache(model, folder)
+
+
+def _add_row(module: Any) -> None:
+    """Appends a row of zeros to a weight in int4 blocks, with a scale of 1 for each of its blocks."""
+    import torch
+    from torch.nn import functional as F
+
+    quantizer = module.weight_quantizer
+    blocks = module.weight.shape[1] // BLOCK
+    module.weight = torch.nn.Parameter(F.pad(module.weight, (0, 0, 0, 1)))
+    quantizer._amax = F.pad(quantizer._amax, (0, 0, 0, blocks), value=quantizer.maxbound)
+    quantizer._amax_shape_for_export = (module.weight.shape[0], -1)
+
+
+def _take_cache_scales(model: Any) -> dict[str, Any]:
+    """The scales of an int8 KV cache, by the exporter's names, taken out of the model so that it does not meet them."""
+    scales = {}
+    for name, module in model.named_modules():
+        for which in ("k", "v"):
+            quantizer = getattr(module, f"{which}_bmm_quantizer", None)
+            if quantizer is not None and quantizer.is_enabled:
+                scales[f"{name}.{which}_proj.{which}_scale"] = quantizer.amax.float() / quantizer.maxbound
+                quantizer.reset_amax()
+                quantizer.disable()
+    return scales
+
+
+def _declare_int8_cache(model: Any, folder: Path) -> None:
+    """Adds the int8 KV cache to both JSON files, where the exporter puts an fp8 one."""
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+    from modelopt.torch.export.quant_utils import get_quant_config
+
+    path = folder / "hf_quant_config.json"  # absent where nothing but the cache is quantized
+    description = json.loads(path.read_text()) if path.exists() else get_quant_config(model)
+    description["quantization"]["kv_cache_quant_algo"] = "INT8"
+    path.write_text(json.dumps(description, indent=4))
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    settings["quantization_config"] = convert_hf_quant_config_format(description)
+    path.write_text(json.dumps(settings, indent=4))
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From folder to folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, folder: Path) -> None:
+    """Loads a checkpoint, calibrates it, and writes the quantized one to `folder`, all of it or nothing.
+
+    Args:
+        folder: Must not exist, or be empty.
+
+    Raises:
+        QuantizationError: it cannot be quantized as asked, or `folder` cannot be written; told before any long work
+            where that is possible.
+        CheckpointError: the checkpoint or its tokenizer cannot be used.
+    """
+    _check_blocks(checkpoint, config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QuantizationError(f"expected {folder} not to exist but it does")
+    samples = calibration_samples(checkpoint, config) if config.needs_calibration else None
+    _require_modelopt()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise QuantizationError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        model = load_torch_model(checkpoint.path)
+        quantize_model(model, config, samples)
+        export(model, partial, config)
+        for file in TOKENIZER_FILES:
+            if (checkpoint.path / file).is_file():
+                shutil.copyfile(checkpoint.path / file, partial / file)
+        for path in (partial, *partial.iterdir()):  # mkdtemp and safetensors make them for their owner alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise QuantizationError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_blocks(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
+    if config.mode == "int4-weight-only":
+        for name, width in (("n_embd", checkpoint.config.n_embd), ("n_inner", checkpoint.config.n_inner)):
+            if width % BLOCK:
+                raise QuantizationError(
+                    f"expected {name} to be a multiple of the int4 block of {BLOCK} but got {width}"
+                )
+
+
+def _require_modelopt() -> None:
+    try:
+        with _quiet():  # ModelOpt warns of every transformers that is newer than itself
+            for name in ("torch", "transformers", "tqdm", "modelopt.torch.quantization"):
+                importlib.import_module(name)
+    except ImportError as error:
+        raise QuantizationError(
+            f"quantizing needs the packages of {REQUIREMENTS.name} ({error}): pip install -r {REQUIREMENTS.name}"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: quantize once, run often
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_cache() -> Path:
+    """The user's cache folder for quantized checkpoints."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return Path(os.path.expanduser(base)) / "nanogpt-tripy" / "quantized"
+
+
+def cached_checkpoint(
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    cache: Path | None = None,
+    report: Report = lambda message: None,
+) -> Path:
+    """The folder of the quantized checkpoint: found in the cache, or made and kept there.
+
+    Neither torch nor ModelOpt is imported where it is found.
+
+    Args:
+        cache: A folder; `default_cache` if None.
+        report: Is told which of the two it was.
+
+    Raises:
+        QuantizationError, CheckpointError: as `quantize_checkpoint`.
+    """
+    _check_blocks(checkpoint, config)
+    folder = (default_cache() if cache is None else cache.expanduser()) / cache_name(checkpoint, config)
+    if (folder / "config.json").is_file():
+        report(f"quantized checkpoint: {folder}")
+        return folder
+    report(f"quantizing {checkpoint.path} to {folder}")
+    try:
+        quantize_checkpoint(checkpoint, config, folder)
+    except QuantizationError:
+        # Another process may have been faster: its result is as good as ours.
+        if not (folder / "config.json").is_file():
+            raise
+    return folder
+
+
+def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
+    """A folder name for everything that the quantized checkpoint is made from: weights, settings, text, programs."""
+    digest = hashlib.sha256()
+
+    def add(part: bytes) -> None:
+        digest.update(len(part).to_bytes(8, "little") + part)
+
+    add(checkpoint.fingerprint().encode())
+    add(_read_bytes(REQUIREMENTS))  # ModelOpt's version, without importing it
+    add(_read_bytes(Path(__file__)))
+    for file in TOKENIZER_FILES:
+        if (checkpoint.path / file).is_file():
+            add(file.encode())
+            add(_read_bytes(checkpoint.path / file))
+    if config.needs_calibration:
+        data = config.calib_data
+        is_file = data is None or not _is_hub_dataset(data)
+        if is_file:  # a data set at the hub goes by its name
+            add(_read_bytes(CALIBRATION_TEXT if data is None else Path(data).expanduser()))
+            config = replace(config, calib_data=None)
+    else:
+        config = replace(config, calib_data=None, calib_size=CALIB_SIZE, calib_length=None)
+    add(repr(astuple(config)).encode())
+    kinds = [config.mode or "float", *([f"kv-{config.kv_cache_dtype}"] if config.kv_cache_dtype != "float16" else [])]
+    return f"{'-'.join(kinds)}-{digest.hexdigest()[:20]}"
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise QuantizationError(f"cannot read {path}: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse would print before it."""
+        raise QuantizationError(message)
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options that say how to quantize, for every program that takes them."""
+    parser.add_argument("--quant-mode", metavar="MODE", help=f"quantize the weights: {', '.join(MODES)}")
+    parser.add_argument(
+        "--kv-cache-dtype", metavar="DTYPE", default="float16", help=f"{', '.join(KV_CACHE_DTYPES)} (default float16)"
+    )
+    parser.add_argument("--quant-lm-head", action="store_true", help="quantize the head and the tied embedding, too")
+    parser.add_argument("--per-channel", action="store_true", help="int8-smoothquant: a scale an output feature")
+    parser.add_argument("--per-token", action="store_true", help="int8-smoothquant: a scale an input token")
+    parser.add_argument(
+        "--calib-data",
+        metavar="FILE|DATASET",
+        help="a UTF-8 text, or a data set at the hub such as cnn_dailymail (default: checkpoints/shakespeare's)",
+    )
+    parser.add_argument("--calib-size", metavar="N", type=int, default=CALIB_SIZE, help="samples (default %(default)s)")
+    parser.add_argument(
+        "--calib-length", metavar="N", type=int, help=f"tokens a sample (default {CALIB_LENGTH}, or the context)"
+    )
+
+
+def config_from(options: argparse.Namespace) -> QuantizationConfig:
+    """The settings that `add_arguments`' options give.
+
+    Raises:
+        QuantizationError: they are not possible.
+    """
+    return QuantizationConfig(
+        mode=options.quant_mode,
+        kv_cache_dtype=options.kv_cache_dtype,
+        quant_lm_head=options.quant_lm_head,
+        per_channel=options.per_channel,
+        per_token=options.per_token,
+        calib_data=options.calib_data,
+        calib_size=options.calib_size,
+        calib_length=options.calib_length,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
+    parser = _Parser(prog="quantization.py", description="Quantize a GPT-2 with NVIDIA ModelOpt.", allow_abbrev=False)
+    parser.add_argument(
+        "--model-type",
+        metavar="NAME",
+        default=EMBEDDED_CHECKPOINT,
+        help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    add_arguments(parser)
+    try:
+        options = parser.parse_args(arguments)
+        config = config_from(options)
+        quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
+    except (QuantizationError, CheckpointError) as error:
+        print(f"quantization.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    sizes = _megabytes(options.output.glob("*.safetensors"))
+    print(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _kinds(config: QuantizationConfig) -> list[str]:
+    cache = [] if config.kv_cache_dtype == "float16" else [f"KV cache in {config.kv_cache_dtype}"]
+    return [*([config.mode] if config.mode else []), *cache]
+
+
+def _megabytes(paths: Iterable[Path]) -> float:
+    return sum(path.stat().st_size for path in paths) / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())
