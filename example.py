@@ -1,6 +1,7 @@
-"""Generates text with a GPT-2: parse → load → compile (or open a saved engine) → generate → print.
+"""Generates text with a GPT-2: parse → load (or quantize, once) → compile (or open a saved engine) → generate → print.
 
     python example.py --input-text "What is the answer to life, the universe, and everything?" --seed=1
+    python example.py --input-text "What is the answer?" --seed=1 --quant-mode int8-weight-only
 
 The text goes to standard output, everything else to standard error.
 """
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import generation
-from weight_loader import CheckpointError, open_checkpoint
+import quantization
+from quantization import QuantizationConfig, QuantizationError
+from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -63,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, checked as far as it can be without a checkpoint.
 
     Raises:
-        UsageError: an unknown option, or a value out of its range.
+        UsageError, QuantizationError: an unknown option, or a value out of its range.
     """
     parser = _Parser(prog="example.py", description="Generate text with a GPT-2.", allow_abbrev=False)
     source = parser.add_mutually_exclusive_group()
@@ -102,11 +105,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="float16",
         help="of weights and activations (default %(default)s)",
     )
+    quantization.add_arguments(parser.add_argument_group("quantization"))
     parser.add_argument(
         "--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time"
     )
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
+    options.quantization = quantization.config_from(options) if quantization.is_asked_for(options) else None
     for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
         if getattr(options, name) < least:
             raise UsageError(
@@ -173,6 +178,28 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -
                 f"expected a prompt of at most {context - 1} tokens (the context is {context}) but got {len(ids)}"
             )
     return encoded
+
+
+def quantized(checkpoint: Checkpoint, config: QuantizationConfig) -> Checkpoint:
+    """The checkpoint quantized as asked: itself if it is so already, else one from the cache, or a new one.
+
+    Raises:
+        UsageError: it is quantized, but otherwise.
+        QuantizationError: it cannot be quantized.
+    """
+    found = checkpoint.config
+    if found.quant_mode is None and found.kv_cache_dtype is None:
+        return open_checkpoint(quantization.cached_checkpoint(checkpoint, config, report=_report))
+    has, asked = (
+        " with a KV cache in ".join(filter(None, pair)) or "nothing"
+        for pair in (
+            (found.quant_mode, found.kv_cache_dtype),
+            (config.mode, None if config.kv_cache_dtype == "float16" else config.kv_cache_dtype),
+        )
+    )
+    if has != asked:
+        raise UsageError(f"expected a checkpoint to quantize, or one in {asked}, but {checkpoint.path} is in {has}")
+    return checkpoint
 
 
 @dataclass(frozen=True)
@@ -265,6 +292,8 @@ def run(options: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
     encoded = encode_prompts(prompts, tokenizer, checkpoint.config.n_positions)
+    if options.quantization is not None:
+        checkpoint = quantized(checkpoint, options.quantization)
     timing.loaded = time.perf_counter()
 
     # These import nvtripy, which takes a moment: only once the input is known to be good.
@@ -330,7 +359,7 @@ def main() -> int:
             run(parse_arguments())
         finally:
             sys.stdout.flush()  # --help, which leaves by SystemExit, has not done so
-    except (UsageError, CheckpointError) as error:
+    except (UsageError, CheckpointError, QuantizationError) as error:
         return _fail(str(error))
     except OSError as error:
         # What could not be written is still in the buffer, and the interpreter would try again at exit, and complain.

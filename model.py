@@ -42,7 +42,8 @@ class GPTConfig:
     tie_word_embeddings: bool = True
     dtype: str = "float16"  # of everything but LayerNorm: float16, bfloat16 or float32
     quant_mode: str | None = None  # how linear layers are quantized: one of QUANT_MODES
-    quant_lm_head: bool = False  # the head too, and with it a tied embedding
+    quant_lm_head: bool = False  # the head, too: as HEAD_MODES says
+    quant_embedding: bool = False  # a tied embedding reads the quantized head's weight instead of one of its own
     per_channel: bool = True  # int8-smoothquant: a scale for each output feature, or one for the weight
     per_token: bool = False  # int8-smoothquant: activations scaled token by token as they come, or by calibration
     kv_cache_dtype: str | None = None  # int8 or fp8; None: as ``dtype``
@@ -67,6 +68,10 @@ class GPTConfig:
             raise ValueError(
                 f"expected kv_cache_dtype to be one of {', '.join(CACHE_DTYPES)} but got {self.kv_cache_dtype}"
             )
+        if self.quant_lm_head and self.quant_mode is None:
+            raise ValueError("expected a quant_mode with quant_lm_head but got none")
+        if self.quant_embedding and not (self.quant_lm_head and self.tie_word_embeddings):
+            raise ValueError("expected quant_embedding only with quant_lm_head and tied embeddings")
         widths = (self.n_embd, self.inner_size)
         if self.quant_mode == "int4-weight-only" and any(width % BLOCK_SIZE for width in widths):
             raise ValueError(
@@ -93,13 +98,17 @@ class GPTConfig:
         return tp.int8 if self.kv_cache_dtype == "int8" else self.tripy_dtype
 
     @property
-    def is_head_quantized(self) -> bool:
-        return self.quant_mode is not None and (self.quant_lm_head or QUANT_MODES[self.quant_mode].includes_head)
+    def linear_mode(self) -> QuantMode | None:
+        return None if self.quant_mode is None else QUANT_MODES[self.quant_mode]
 
     @property
-    def embeds_with_head(self) -> bool:
-        """Whether a quantized head is the embedding as well, instead of a weight of its own."""
-        return self.is_head_quantized and self.quant_lm_head and self.tie_word_embeddings
+    def head_mode(self) -> QuantMode | None:
+        return HEAD_MODES[self.quant_mode] if self.quant_mode is not None and self.quant_lm_head else None
+
+    @property
+    def head_is_embedding(self) -> bool:
+        """Whether the head has no weight of its own but multiplies by the embedding's."""
+        return self.tie_word_embeddings and not self.quant_lm_head
 
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
         """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, H, C, D), keys before values."""
@@ -121,14 +130,21 @@ class QuantMode:
     scales: str  # one for each "channel" (output feature), "block" of input features, or "tensor"
     quantizes_input: bool = False  # activations to the weights' type, too (W8A8)
     scales_input: bool = False  # multiplies the input by a vector first (AWQ, SmoothQuant)
-    includes_head: bool = False
 
 
 QUANT_MODES: dict[str, QuantMode] = {
     "int8-weight-only": QuantMode(tp.int8, "channel"),
     "int4-weight-only": QuantMode(tp.int4, "block", scales_input=True),
-    "fp8": QuantMode(tp.float8, "tensor", quantizes_input=True, includes_head=True),
+    "fp8": QuantMode(tp.float8, "tensor", quantizes_input=True),
     "int8-smoothquant": QuantMode(tp.int8, "channel", quantizes_input=True, scales_input=True),
+}
+
+# The head in each mode. Its columns are never scaled: an embedding that shares the weight would have to undo it.
+HEAD_MODES: dict[str, QuantMode] = {
+    "int8-weight-only": QuantMode(tp.int8, "channel"),
+    "int4-weight-only": QuantMode(tp.int4, "block"),
+    "fp8": QuantMode(tp.float8, "tensor", quantizes_input=True),
+    "int8-smoothquant": QuantMode(tp.int8, "channel"),
 }
 
 
@@ -158,14 +174,13 @@ class GPT(tp.Module):
         super().__init__()
         self.config = config
         dtype = config.tripy_dtype
-        if not config.embeds_with_head:
+        if not config.quant_embedding:
             self.wte = tp.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
         self.wpe = tp.Embedding(config.n_positions, config.n_embd, dtype=dtype)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
-        if config.is_head_quantized or not config.tie_word_embeddings:
-            head_mode = config.quant_mode if config.is_head_quantized else None
-            self.lm_head = Linear(config.n_embd, config.vocab_size, config, head_mode, bias=False)
+        if not config.head_is_embedding:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, config, config.head_mode, bias=False)
 
     def forward(
         self,
@@ -190,7 +205,7 @@ class GPT(tp.Module):
         batch, length = idx.shape
         ahead = tp.unsqueeze(tp.iota((length,), dtype=tp.int32), 0)  # (1, T)
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
-        embedded = self.lm_head.rows(idx) if self.config.embeds_with_head else self.wte(idx)
+        embedded = self.lm_head.rows(idx) if self.config.quant_embedding else self.wte(idx)
         x = embedded + self.wpe(positions)  # (B, T, E)
 
         if cache is None:
@@ -211,13 +226,13 @@ class GPT(tp.Module):
             rows = tp.iota((batch,), dtype=tp.int32) * length + last
             x = tp.gather(tp.reshape(x, (-1, self.config.n_embd)), 0, rows)  # (B, E)
         x = self.ln_f(x)
-        is_tied = self.config.tie_word_embeddings and not self.config.is_head_quantized
-        logits = tp.cast(x @ tp.transpose(self.wte.weight, 0, 1) if is_tied else self.lm_head(x), tp.float32)
+        head = (lambda x: x @ tp.transpose(self.wte.weight, 0, 1)) if self.config.head_is_embedding else self.lm_head
+        logits = tp.cast(head(x), tp.float32)
         if cache is None:
             return logits
         new_cache = tp.stack(layers)
         if self.config.cache_dtype is tp.int8:
-            new_cache = tp.quantize(new_cache, 1.0, tp.int8)
+            new_cache = tp.cast(new_cache, tp.int8)  # integers already
         return logits, new_cache
 
 
@@ -258,8 +273,8 @@ class CausalSelfAttention(tp.Module):
         self.cache_rounding = CACHE_DTYPES.get(config.kv_cache_dtype or "")
         if self.cache_rounding is not None:
             self.k_scale, self.v_scale = scalar_parameter(config), scalar_parameter(config)
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config, config.quant_mode)
-        self.c_proj = Linear(config.n_embd, config.n_embd, config, config.quant_mode)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config, config.linear_mode)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config, config.linear_mode)
 
     def forward(
         self, x: tp.Tensor, visible: tp.Tensor, cache: tp.Tensor | None, update: CacheUpdate | None
@@ -317,8 +332,8 @@ class MLP(tp.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.inner_size, config, config.quant_mode)
-        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.quant_mode)
+        self.c_fc = Linear(config.n_embd, config.inner_size, config, config.linear_mode)
+        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
@@ -326,7 +341,7 @@ class MLP(tp.Module):
 
 
 class Linear(tp.Module):
-    """A linear layer whose weight is quantized as ``mode`` says.
+    """A linear layer whose weight, and maybe input, is quantized as ``mode`` says.
 
     Scales are constants, as nvtripy wants them, in the model's type:
 
@@ -336,28 +351,28 @@ class Linear(tp.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, config: GPTConfig, mode: str | None, bias: bool = True
+        self, in_features: int, out_features: int, config: GPTConfig, mode: QuantMode | None, bias: bool = True
     ) -> None:
         super().__init__()
         self.dtype = config.tripy_dtype
-        self.mode = None if mode is None else QUANT_MODES[mode]
-        self.has_blocks = self.mode is not None and self.mode.scales == "block"
+        self.mode = mode
+        self.has_blocks = mode is not None and mode.scales == "block"
         self.per_token = config.per_token
         # nvtripy's own Linear declares the parameters: there is no other public way to declare one without a value.
         plain = tp.Linear(in_features, out_features, bias=bias, dtype=self.dtype)
         self.weight, self.bias = plain.weight, plain.bias
-        if self.mode is None:
+        if mode is None:
             return
         if self.has_blocks:
             self.weight = tp.Linear(out_features, in_features, bias=False, dtype=self.dtype).weight
             self.weight_scale = tp.Linear(out_features, in_features // BLOCK_SIZE, bias=False, dtype=self.dtype).weight
-        elif self.mode.scales == "channel" and (config.per_channel or not self.mode.quantizes_input):
+        elif mode.scales == "channel" and (config.per_channel or not mode.quantizes_input):
             self.weight_scale = tp.Linear(1, out_features, dtype=self.dtype).bias
         else:
             self.weight_scale = scalar_parameter(config)
-        if self.mode.quantizes_input and not self.per_token:
+        if mode.quantizes_input and not self.per_token:
             self.input_scale = scalar_parameter(config)
-        if self.mode.scales_input:
+        if mode.scales_input:
             self.pre_quant_scale = tp.Linear(1, in_features, dtype=self.dtype).bias
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
@@ -373,8 +388,7 @@ class Linear(tp.Module):
     def rows(self, idx: tp.Tensor) -> tp.Tensor:
         """The weight's rows at ``idx``: the layer as an embedding, (...) → (..., in_features)."""
         weight = self.rounded_weight()
-        rows = tp.gather(tp.transpose(weight, 0, 1) if self.has_blocks else weight, 0, idx)
-        return rows * self.pre_quant_scale if self.mode is not None and self.mode.scales_input else rows
+        return tp.gather(tp.transpose(weight, 0, 1) if self.has_blocks else weight, 0, idx)
 
     def rounded_weight(self) -> tp.Tensor:
         """What is left of the weight after quantization, in the shape of ``weight``."""
@@ -388,9 +402,10 @@ class Linear(tp.Module):
         """What is left of activations that go through ``dtype``."""
         if not self.per_token:
             return tp.dequantize(tp.quantize(x, self.input_scale, dtype), self.input_scale, self.dtype)
-        # nvtripy takes constant scales only: scaled by hand, then rounded at a scale of one.
-        scale = tp.maximum(tp.max(abs(x), dim=-1, keepdim=True) / 127.0, 1e-6)
-        return tp.dequantize(tp.quantize(x / scale, 1.0, dtype), 1.0, self.dtype) * scale
+        # nvtripy takes constant scales only: scaled by hand, then rounded at a scale of one, which it takes in float32.
+        wide = tp.cast(x, tp.float32)
+        scale = tp.maximum(tp.max(abs(wide), dim=-1, keepdim=True) / 127.0, 1e-6)
+        return tp.cast(tp.cast(tp.quantize(wide / scale, 1.0, dtype), tp.float32) * scale, self.dtype)
 
 
 def scalar_parameter(config: GPTConfig) -> tp.Tensor:

@@ -466,7 +466,7 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
             where that is possible.
         CheckpointError: the checkpoint or its tokenizer cannot be used.
     """
-    _check_blocks(checkpoint, config)
+    _check_source(checkpoint, config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise QuantizationError(f"expected {folder} not to exist but it does")
     samples = calibration_samples(checkpoint, config) if config.needs_calibration else None
@@ -494,7 +494,10 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_blocks(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
+def _check_source(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
+    """Refuses what cannot be quantized as asked, from its config alone."""
+    if checkpoint.config.quant_mode is not None or checkpoint.config.kv_cache_dtype is not None:
+        raise QuantizationError(f"expected a checkpoint that is not quantized yet but {checkpoint.path} is")
     if config.mode == "int4-weight-only":
         for name, width in (("n_embd", checkpoint.config.n_embd), ("n_inner", checkpoint.config.n_inner)):
             if width % BLOCK:
@@ -537,17 +540,16 @@ def cached_checkpoint(
 
     Args:
         cache: A folder; `default_cache` if None.
-        report: Is told which of the two it was.
+        report: Is told if it has to be made.
 
     Raises:
         QuantizationError, CheckpointError: as `quantize_checkpoint`.
     """
-    _check_blocks(checkpoint, config)
+    _check_source(checkpoint, config)
     folder = (default_cache() if cache is None else cache.expanduser()) / cache_name(checkpoint, config)
     if (folder / "config.json").is_file():
-        report(f"quantized checkpoint: {folder}")
         return folder
-    report(f"quantizing {checkpoint.path} to {folder}")
+    report(f"quantizing {checkpoint.path}, once: the result is kept in {folder}")
     try:
         quantize_checkpoint(checkpoint, config, folder)
     except QuantizationError:
@@ -620,6 +622,13 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--calib-length", metavar="N", type=int, help=f"tokens a sample (default {CALIB_LENGTH}, or the context)"
     )
+
+
+def is_asked_for(options: argparse.Namespace) -> bool:
+    """Whether any of `add_arguments`' options was given."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    return any(getattr(options, name) != default for name, default in vars(parser.parse_args([])).items())
 
 
 def config_from(options: argparse.Namespace) -> QuantizationConfig:

@@ -5,6 +5,9 @@
     for name, array in checkpoint.parameters("float16"):
         ...                                          # "wte.weight" (50257, 768) float16, one tensor at a time
 
+A folder that ModelOpt quantized (modelopt_layout.py says what it holds) gives the same parameters, of the values that
+its integers stand for, and their scales.
+
 Neither torch nor transformers is needed, except that an old `pytorch_model.bin` is read with torch, if it is installed.
 Whatever is wrong with a checkpoint raises `CheckpointError`, whose text is one line: what was expected and what came.
 """
@@ -18,11 +21,15 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
+
+import modelopt_layout
+from modelopt_layout import DESCRIPTION_FILE, FLOATS, Spec
 
 
 class CheckpointError(Exception):
@@ -194,7 +201,7 @@ def _download(repository: str, revision: str | None) -> Path:
             unreachable or FileNotFoundError("config.json"),
         )
     folder = config.parent
-    for file in TOKENIZER_FILES:
+    for file in (*TOKENIZER_FILES, DESCRIPTION_FILE):
         fetch(file, folder.name)
     for file in WEIGHT_FILES:
         path = fetch(file, folder.name)
@@ -221,6 +228,8 @@ class CheckpointConfig:
     `activation_function` is one of "gelu_new" (tanh approximation), "gelu" (erf), "relu", "silu"; their aliases are
     resolved. `eos_token_id` is None where config.json has none, or one that the vocabulary lacks (the default of 50256
     in small models), which could never be generated.
+
+    The last six say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
     """
 
     vocab_size: int
@@ -233,6 +242,12 @@ class CheckpointConfig:
     layer_norm_epsilon: float
     tie_word_embeddings: bool
     eos_token_id: int | None
+    quant_mode: str | None = None
+    quant_lm_head: bool = False
+    quant_embedding: bool = False
+    per_channel: bool = True
+    per_token: bool = False
+    kv_cache_dtype: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a plain dict."""
@@ -353,9 +368,23 @@ def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
         if raw.get(name, implemented) is not implemented:
             value = _shown(raw[name])
             raise CheckpointError(f"{path}: {name}={value} is not supported, only {name}={_shown(implemented)}")
-    for name in ("quantization_config", "pruned_heads"):
-        if raw.get(name):
-            raise CheckpointError(f"{path}: a checkpoint with {name} is not supported")
+    if raw.get("pruned_heads"):
+        raise CheckpointError(f"{path}: a checkpoint with pruned_heads is not supported")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method != "modelopt":
+            raise CheckpointError(
+                f"{path}: expected the quant_method of quantization_config to be modelopt, got {method}"
+            )
+        if not (path.parent / DESCRIPTION_FILE).is_file():
+            raise CheckpointError(f"{path} has a quantization_config, but {DESCRIPTION_FILE} is missing beside it")
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    """The first names of what can be hundreds."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _shown(value: object) -> str:
@@ -381,11 +410,23 @@ class _Stored:
 
 
 class _WeightFile(Protocol):
-    """An open file of weights: `tensors` comes from headers alone, `read` gives rows [start, stop) of one of them."""
+    """An open file of weights: `tensors` comes from headers alone, `read` gives one of them, or some of its rows."""
 
     tensors: dict[str, _Stored]
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray: ...
+    def read(self, name: str, rows: slice | EllipsisType = ...) -> np.ndarray: ...
+
+
+# Safetensors' names of the types that a checkpoint may hold → NumPy's, or ml_dtypes'.
+_NUMPY_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I8": "int8",
+    "U8": "uint8",
+}
 
 
 class _SafetensorsFile:
@@ -409,12 +450,12 @@ class _SafetensorsFile:
         self.tensors = {name: _Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         self._offsets = {name: begin + entry["data_offsets"][0] for name, entry in header.items()}
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read(self, name: str, rows: slice | EllipsisType = ...) -> np.ndarray:
         stored = self.tensors[name]
-        dtype = _numpy_dtype({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[stored.dtype])
+        dtype = _numpy_dtype(_NUMPY_NAMES[stored.dtype])
         count = int(np.prod(stored.shape, dtype=np.int64))
         values = np.frombuffer(self._bytes, dtype, count, self._offsets[name])
-        return values.reshape(stored.shape)[start:stop]
+        return values.reshape(stored.shape)[rows]
 
 
 class _TorchFile:
@@ -451,14 +492,14 @@ class _TorchFile:
             dtype = notation.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
             self.tensors[name] = _Stored(dtype, tuple(tensor.shape))
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        rows = self._state[name].detach()[start:stop]
-        if rows.dtype == self._bfloat16:  # NumPy has no bfloat16 of its own: the bits go over as integers
+    def read(self, name: str, rows: slice | EllipsisType = ...) -> np.ndarray:
+        tensor = self._state[name].detach()[rows]
+        if tensor.dtype == self._bfloat16:  # NumPy has no bfloat16 of its own: the bits go over as integers
             import ml_dtypes
 
-            bits: np.ndarray = rows.contiguous().view(self._int16).numpy()
+            bits: np.ndarray = tensor.contiguous().view(self._int16).numpy()
             return bits.view(ml_dtypes.bfloat16)
-        values: np.ndarray = rows.numpy()
+        values: np.ndarray = tensor.numpy()
         return values
 
 
@@ -492,7 +533,6 @@ def _weight_paths(folder: Path) -> list[Path]:
 # The checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SOURCE_DTYPES = ("F32", "F16", "BF16", "F64")
 _PREFIX = "transformer."
 # Causal masks, which old versions of transformers saved with the weights.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -501,7 +541,7 @@ _CONV1D = (".attn.c_attn.weight", ".attn.c_proj.weight", ".mlp.c_fc.weight", ".m
 
 
 def parameter_shapes(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter that `Checkpoint.parameters` yields, in its order, with its shape; linear weights (out, in)."""
+    """Every parameter of the model before quantization, in `Checkpoint.parameters`' order; linear weights (out, in)."""
     embd, inner = config.n_embd, config.n_inner
     shapes: dict[str, tuple[int, ...]] = {
         "wte.weight": (config.vocab_size, embd),
@@ -540,48 +580,57 @@ class Checkpoint:
         self.path = path
         self.config = _read_config(path / "config.json")
         self._paths = _weight_paths(path)
-        self._sources: dict[str, tuple[_WeightFile, str]] = {}  # parameter → its file, and its name there
-        surplus: list[str] = []
-        expected = parameter_shapes(self.config)
+        self._sources: dict[str, tuple[_WeightFile, str]] = {}  # tensor → its file, and its name there
         for file_path in self._paths:
             file: _WeightFile = (
                 _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _TorchFile(file_path)
             )
             for stored_name in file.tensors:
                 name = stored_name.removeprefix(_PREFIX)
-                if name.startswith("h.") and name.endswith(_BUFFERS) and name not in expected:
+                if name.startswith("h.") and name.endswith(_BUFFERS):
                     continue
                 if name in self._sources:
                     raise CheckpointError(f"{path}: {name} is stored twice")
-                if name in expected or name == "lm_head.weight":
-                    self._sources[name] = file, stored_name
-                else:
-                    surplus.append(stored_name)
-        self._check_tensors(expected, surplus)
+                self._sources[name] = file, stored_name
+        headers = {name: file.tensors[stored_name] for name, (file, stored_name) in self._sources.items()}
+        shapes = parameter_shapes(self.config)
+        if "lm_head.weight" in headers:  # a tied head may be stored all the same
+            shapes["lm_head.weight"] = shapes["wte.weight"]
+        description = path / DESCRIPTION_FILE
+        self._has_conv1d = not description.is_file()
+        if self._has_conv1d:
+            expected = {
+                name: Spec(FLOATS, shape[::-1] if name.endswith(_CONV1D) else shape) for name, shape in shapes.items()
+            }
+        else:
+            try:
+                how = modelopt_layout.read_description(read_json(description))
+                fields = modelopt_layout.config_fields(how, self.config.tie_word_embeddings, headers)
+                self.config = replace(self.config, **fields)
+                expected = modelopt_layout.stored_tensors(self.config, shapes)
+            except ValueError as error:
+                raise CheckpointError(f"{description}: {error}") from None
+        self._check_tensors(expected, headers)
 
-    def _check_tensors(self, expected: dict[str, tuple[int, ...]], surplus: list[str]) -> None:
-        """Compare the stored tensors with those that config.json implies; name all differences at once."""
-        missing = [name for name in expected if name not in self._sources]
+    def _check_tensors(self, expected: dict[str, Spec], found: dict[str, _Stored]) -> None:
+        """Compare the stored tensors with those that the JSON files imply; name all differences at once."""
         shapes, dtypes = [], []
-        for name, (file, stored_name) in self._sources.items():
-            stored = file.tensors[stored_name]
-            shape = expected.get(name, expected["wte.weight"])  # a tied head is as large as the embedding
-            if name.endswith(_CONV1D):
-                shape = shape[::-1]
-            if stored.shape != shape:
-                shapes.append(f"{stored_name} (expected {shape}, got {stored.shape})")
-            if stored.dtype not in _SOURCE_DTYPES:
-                dtypes.append(f"{stored_name} ({stored.dtype})")
+        for name in expected.keys() & found.keys():
+            spec, stored, stored_name = expected[name], found[name], self._sources[name][1]
+            if not spec.fits(stored.shape):
+                shapes.append(f"{stored_name} (expected {spec.shape}, got {stored.shape})")
+            if stored.dtype not in spec.dtypes:
+                dtypes.append(f"{stored_name} (expected {', '.join(spec.dtypes)}, got {stored.dtype})")
         faults = {
-            "missing": missing,
-            "unexpected": surplus,
-            "of a wrong shape": shapes,
-            f"of a dtype other than {', '.join(_SOURCE_DTYPES)}": dtypes,
+            "missing": [name for name in expected if name not in found],
+            "unexpected": [self._sources[name][1] for name in found if name not in expected],
+            "of a wrong shape": sorted(shapes),
+            "of a wrong dtype": sorted(dtypes),
         }
-        found = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-        if found:
+        all_found = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
+        if all_found:
             raise CheckpointError(
-                f"the tensors in {str(self.path)!r} are not those that its config.json implies: {found}"
+                f"the tensors in {str(self.path)!r} are not those that its config.json implies: {all_found}"
             )
 
     def parameters(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -592,35 +641,92 @@ class Checkpoint:
                 the LayerNorms, which always come as float32.
 
         Yields:
-            (name, array): C-contiguous; linear weights are (out, in); "lm_head.weight" (vocab, n_embd) only if untied.
+            (name, array): C-contiguous; linear weights are (out, in); "lm_head.weight" (vocab, n_embd) only if untied
+            or quantized, and if `config.quant_embedding`, instead of "wte.weight".
+
+            Of a quantized layer, the values that its integers stand for, which quantizing by the scales that follow
+            gives back exactly, and "weight_scale", "input_scale", "pre_quant_scale" as the mode has them, where one
+            element stands for the whole tensor with shape (). In int4-weight-only the weight is (in, out) and its
+            scales (in / 128, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of shape ().
 
         Raises:
-            CheckpointError: a finite value overflows `dtype` (the tensor is named), or a head is stored that differs
-                from the embedding although config.json says that they are tied.
+            CheckpointError: a finite value overflows `dtype` (the tensor is named), a scale is not a positive number,
+                or a head is stored that differs from the embedding although config.json says that they are tied.
             ValueError: another `dtype`.
         """
         if dtype not in PARAMETER_DTYPES:
             raise ValueError(f"expected dtype to be one of {', '.join(PARAMETER_DTYPES)}, got {dtype!r}")
         self._check_tied_head()
-        for name, shape in parameter_shapes(self.config).items():
-            file, stored_name = self._sources[name]
-            transpose = name.endswith(_CONV1D)
-            source = file.read(stored_name, 0, shape[1] if transpose else shape[0])
+        target = _numpy_dtype(dtype)
+        shapes = parameter_shapes(self.config)
+        if self.config.quant_lm_head and not self.config.quant_embedding:
+            shapes["lm_head.weight"] = shapes["wte.weight"]
+        for name, shape in shapes.items():
+            if modelopt_layout.is_quantized(self.config, name):
+                yield from self._quantized_layer(name.removesuffix(".weight"), shape, target)
+                continue
+            transpose = self._has_conv1d and name.endswith(_CONV1D)
             layer_norm = ".ln_" in name or name.startswith("ln_f.")
-            yield name, _convert(name, source, _numpy_dtype("float32" if layer_norm else dtype), transpose)
+            yield name, _convert(name, self._read(name), _numpy_dtype("float32") if layer_norm else target, transpose)
+        if self.config.kv_cache_dtype is not None:
+            for layer in range(self.config.n_layer):
+                for which in ("k", "v"):
+                    scale = self._read_scale(modelopt_layout.cache_scale(layer, which), target)
+                    yield f"h.{layer}.attn.{which}_scale", scale.reshape(())
+
+    def _quantized_layer(
+        self, layer: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The parameters of one linear layer of `shape` (out, in), without its bias."""
+        name = "lm_head" if layer == "wte" else layer
+        numbers = modelopt_layout.unpacked(self._read(f"{layer}.weight"), shape[0])
+        scales = self._read_scale(f"{layer}.weight_scale", dtype)
+        # Numbers times the rounded scales: the ratio of the two is then closest to an integer again.
+        if scales.ndim == 2:
+            scales = scales[: shape[0]]
+            blocks = numbers.reshape(*scales.shape, -1).astype(np.float32) * scales[:, :, None].astype(np.float32)
+            weight = _convert(f"{name}.weight", blocks.reshape(shape), dtype, transpose=True)
+            scales = np.ascontiguousarray(scales.T)
+        else:
+            scales = scales if scales.size > 1 or shape[0] == 1 else scales.reshape(())
+            values = numbers.astype(np.float32) * (scales[:, None] if scales.ndim else scales).astype(np.float32)
+            weight = _convert(f"{name}.weight", values, dtype, transpose=False)
+        yield f"{name}.weight", weight
+        # Of zeros, whose scale is zero or nearly so, any scale gives zeros back.
+        yield f"{name}.weight_scale", np.where(scales == 0, np.ones_like(scales), scales)
+        for suffix in ("input_scale", "pre_quant_scale"):
+            if f"{name}.{suffix}" in self._sources:
+                scale = self._read_scale(f"{name}.{suffix}", dtype)
+                yield f"{name}.{suffix}", scale.reshape(()) if suffix == "input_scale" else scale
+
+    def _read(self, name: str) -> np.ndarray:
+        """A stored tensor, whole."""
+        file, stored_name = self._sources[name]
+        return file.read(stored_name)
+
+    def _read_scale(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        scales = self._read(name)
+        try:
+            modelopt_layout.check_scales(name, scales)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        return _convert(name, scales, dtype, transpose=False)
 
     def _check_tied_head(self) -> None:
         """Refuse a stored head that is not the embedding: transformers would not tie it, so its logits would differ."""
-        if not self.config.tie_word_embeddings or "lm_head.weight" not in self._sources:
+        if not self.config.tie_word_embeddings or self.config.quant_lm_head != self.config.quant_embedding:
             return
-        (head, head_name), (embedding, embedding_name) = self._sources["lm_head.weight"], self._sources["wte.weight"]
-        rows = max(1, 2**22 // self.config.n_embd)  # some 16 MB at a time
-        for start in range(0, self.config.vocab_size, rows):
-            stop = min(start + rows, self.config.vocab_size)
-            a, b = head.read(head_name, start, stop), embedding.read(embedding_name, start, stop)
-            if not np.array_equal(a, b):
+        step = max(1, 2**22 // self.config.n_embd)  # some 16 MB at a time
+        for suffix in ("weight", "weight_scale"):
+            if f"lm_head.{suffix}" not in self._sources:
+                continue
+            head, head_name = self._sources[f"lm_head.{suffix}"]
+            embedding, embedding_name = self._sources[f"wte.{suffix}"]
+            shape = head.tensors[head_name].shape
+            parts = [slice(start, start + step) for start in range(0, shape[0], step)] if shape else [...]
+            if not all(np.array_equal(head.read(head_name, p), embedding.read(embedding_name, p)) for p in parts):
                 raise CheckpointError(
-                    f"{self.path / 'config.json'} ties lm_head.weight to wte.weight, but the stored values differ: "
+                    f"{self.path / 'config.json'} ties lm_head.{suffix} to wte.{suffix}, but the stored values differ: "
                     "expected equal values or tie_word_embeddings=false"
                 )
 

@@ -460,6 +460,7 @@ def test_both_json_files_name_the_algorithms(modelopt: None, results: Callable[[
     assert embedded["quant_method"] == "modelopt"
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("kv_cache_dtype") != "int8"])
 def test_the_folder_is_what_modelopts_exporter_writes(
     modelopt: None, tiny: Checkpoint, config: Callable[..., QuantizationConfig], tmp_path: Path, case: str

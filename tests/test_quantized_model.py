@@ -19,7 +19,7 @@ from test_model import reference_logits, relative_error, save_random, stateless_
 from transformers import GPT2LMHeadModel
 
 from engine import Engine, compile_model
-from model import BLOCK_SIZE, GPT, QUANT_MODES, GPTConfig
+from model import BLOCK_SIZE, GPT, QUANT_MODES, GPTConfig, QuantMode
 from weight_loader import open_checkpoint
 
 ARCHITECTURE = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 160, "n_positions": 24}
@@ -43,34 +43,32 @@ class Quantized:
         self.reference = save_random(folder, **ARCHITECTURE)
         self.config = GPTConfig(**ARCHITECTURE, dtype="float32", quant_mode=mode, **options)  # type: ignore[arg-type]
         self.gpt = GPT(self.config)
-        self.mode = None if mode is None else QUANT_MODES[mode]
         self.rng = np.random.default_rng(1)
         self.state = dict(open_checkpoint(folder).parameters("float32"))
-        if self.mode is not None:
+        if self.config.linear_mode is not None:
             for layer in range(self.config.n_layer):
                 for name in LINEARS:
-                    self.quantize(f"h.{layer}.{name}")
-        if self.config.is_head_quantized:
+                    self.quantize(f"h.{layer}.{name}", self.config.linear_mode)
+        if self.config.head_mode is not None:
             self.state["lm_head.weight"] = self.state["wte.weight"]
-            if self.config.embeds_with_head:
+            if self.config.quant_embedding:
                 del self.state["wte.weight"]
-            self.quantize("lm_head")
+            self.quantize("lm_head", self.config.head_mode)
         self.gpt.load_state_dict({name: tp.Tensor(np.array(array, order="C")) for name, array in self.state.items()})
 
-    def quantize(self, name: str) -> None:
-        assert self.mode is not None
-        weight, dtype = self.state[f"{name}.weight"], self.mode.weight.name  # (out, in)
+    def quantize(self, name: str, mode: QuantMode) -> None:
+        weight, dtype = self.state[f"{name}.weight"], mode.weight.name  # (out, in)
         pre_scale = np.ones(weight.shape[1], np.float32)
-        if self.mode.scales_input:
+        if mode.scales_input:
             pre_scale = self.rng.uniform(0.5, 2.0, weight.shape[1]).astype(np.float32)
             weight = weight / pre_scale
             self.state[f"{name}.pre_quant_scale"] = pre_scale
-        if self.mode.scales == "block":
+        if mode.scales == "block":
             blocks = weight.reshape(len(weight), -1, BLOCK_SIZE)
             scale = (np.abs(blocks).max(axis=2) / TOPS[dtype]).astype(np.float32)
             rounded = (round_to(blocks / scale[:, :, None], dtype) * scale[:, :, None]).reshape(weight.shape)
             weight, stored_scale = weight.T, np.ascontiguousarray(scale.T)
-        elif self.mode.scales == "channel" and (self.config.per_channel or not self.mode.quantizes_input):
+        elif mode.scales == "channel" and (self.config.per_channel or not mode.quantizes_input):
             stored_scale = (np.abs(weight).max(axis=1) / TOPS[dtype]).astype(np.float32)
             rounded = round_to(weight / stored_scale[:, None], dtype) * stored_scale[:, None]
         else:
@@ -78,13 +76,13 @@ class Quantized:
             rounded = round_to(weight / stored_scale, dtype) * stored_scale
         self.state[f"{name}.weight"], self.state[f"{name}.weight_scale"] = weight, stored_scale
         round_input: Callable[[np.ndarray], np.ndarray] = lambda x: x  # noqa: E731
-        if self.mode.quantizes_input and self.config.per_token:
+        if mode.quantizes_input and self.config.per_token:
 
             def round_input(x: np.ndarray) -> np.ndarray:
                 scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True) / 127, 1e-6)
                 return round_to(x / scale, dtype) * scale
 
-        elif self.mode.quantizes_input:
+        elif mode.quantizes_input:
             # Narrow enough that some inputs are cut off.
             input_scale = np.float32(3.0 / TOPS[dtype])
             self.state[f"{name}.input_scale"] = np.array(input_scale)
@@ -101,8 +99,8 @@ class Quantized:
         module = model.lm_head if name == "lm_head" else model.transformer.get_submodule(name)
         if name == "lm_head":
             module.weight = torch.nn.Parameter(torch.from_numpy(rounded))
-            if self.config.embeds_with_head:
-                model.transformer.wte.weight = torch.nn.Parameter(torch.from_numpy(rounded * pre_scale))
+            if self.config.quant_embedding:
+                model.transformer.wte.weight = torch.nn.Parameter(torch.from_numpy(rounded))
         else:
             module.weight.data = torch.from_numpy(np.ascontiguousarray(rounded.T))  # a Conv1D: (in, out)
         module.register_forward_pre_hook(
@@ -124,13 +122,16 @@ class Quantized:
     [
         ("int8-weight-only", {}),
         ("int8-weight-only", {"quant_lm_head": True}),
+        ("int8-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
         ("int4-weight-only", {}),
-        ("int4-weight-only", {"quant_lm_head": True}),
+        ("int4-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
         ("fp8", {}),
+        ("fp8", {"quant_lm_head": True}),
+        ("fp8", {"quant_lm_head": True, "quant_embedding": True}),
         ("int8-smoothquant", {}),
         ("int8-smoothquant", {"per_channel": False}),
         ("int8-smoothquant", {"per_token": True}),
-        ("int8-smoothquant", {"per_token": True, "per_channel": False, "quant_lm_head": True}),
+        ("int8-smoothquant", {"per_token": True, "per_channel": False, "quant_lm_head": True, "quant_embedding": True}),
     ],
 )
 def test_modes_equal_fake_quantization(tmp_path: Path, mode: str, options: dict[str, bool]) -> None:
@@ -165,6 +166,8 @@ def test_a_quantized_cache_is_what_attention_sees(tmp_path: Path, kv_cache_dtype
     [
         ({"quant_mode": "int3"}, "int8-weight-only, int4-weight-only, fp8, int8-smoothquant but got int3"),
         ({"kv_cache_dtype": "int2"}, "int8, fp8 but got int2"),
+        ({"quant_lm_head": True}, "a quant_mode with quant_lm_head"),
+        ({"quant_mode": "fp8", "quant_embedding": True}, "quant_embedding only with quant_lm_head"),
         ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "192 and 768"),
     ],
 )

@@ -220,6 +220,8 @@ def test_config(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).config.as_dict() == {
         **{**TINY, "n_inner": 48, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
         **{"tie_word_embeddings": False, "eos_token_id": 7},
+        **{"quant_mode": None, "quant_lm_head": False, "quant_embedding": False},
+        **{"per_channel": True, "per_token": False, "kv_cache_dtype": None},
     }
     edit_config(tmp_path, eos_token_id=50256)
     assert open_checkpoint(tmp_path).config.eos_token_id is None
@@ -292,7 +294,7 @@ def test_all_misfits_in_one_message(folder: Path) -> None:
     assert "missing: h.0.ln_1.bias, ln_f.weight;" in message
     assert "score.weight" in message and "transformer.h.2.ln_1.bias" in message
     assert "transformer.h.1.attn.c_attn.weight (expected (12, 36), got (36, 12))" in message
-    assert "transformer.wpe.weight (I64)" in message
+    assert "transformer.wpe.weight (expected F32, F16, BF16, F64, got I64)" in message
 
 
 def test_untied_without_head(folder: Path) -> None:

@@ -1,0 +1,210 @@
+"""What a folder in ModelOpt's unified HuggingFace layout holds: its mode, its tensors, and the values they stand for.
+
+The layout is that of `modelopt.torch.export.export_hf_checkpoint` (ModelOpt 0.47), which TensorRT-LLM, vLLM and SGLang
+read. hf_quant_config.json names the algorithm. Linear weights are (out, in), those that are not quantized too, and each
+quantized one has its scales beside it:
+
+    ==================  =====================  =======================  ===========  ===============
+    quant_algo          weight                 weight_scale             input_scale  pre_quant_scale
+    ==================  =====================  =======================  ===========  ===============
+    W8A16               int8 (out, in)         (out,)                   -            -
+    W4A16_AWQ           uint8 (out / 2, in)    (out, in / 128)          -            (in,)
+    FP8                 float8 E4M3 (out, in)  scalar                   scalar       -
+    W8A8_SQ_PER_CHANNEL int8 (out, in)         (out,), or 1 element     scalar (*)   (in,)
+    ==================  =====================  =======================  ===========  ===============
+
+    (*) absent where inputs are scaled token by token
+
+A byte of W4A16_AWQ holds an even row in its low half and the next row in its high half. The head is weight-only and
+without pre_quant_scale, except in FP8. Everything that is wrong raises `ValueError` with a text that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from weight_loader import CheckpointConfig
+
+DESCRIPTION_FILE = "hf_quant_config.json"
+BLOCK = 128  # input features that share a scale in W4A16_AWQ
+
+FLOATS = ("F32", "F16", "BF16", "F64")  # in safetensors' notation
+
+_MODES = {
+    "W8A16": "int8-weight-only",
+    "W4A16_AWQ": "int4-weight-only",
+    "FP8": "fp8",
+    "W8A8_SQ_PER_CHANNEL": "int8-smoothquant",
+}
+_CACHE_DTYPES = {"INT8": "int8", "FP8": "fp8"}
+_WEIGHT_DTYPES = {"int8-weight-only": "I8", "int4-weight-only": "U8", "fp8": "F8_E4M3", "int8-smoothquant": "I8"}
+
+
+class Stored(Protocol):
+    """A tensor as its file's header describes it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a stored tensor has to be: one of these types, and this shape. One element may be () or (1,)."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return shape == self.shape or (self.shape == () and shape == (1,))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What hf_quant_config.json says. `mode` and `kv_cache_dtype` are by the model's names, None if not quantized."""
+
+    mode: str | None
+    kv_cache_dtype: str | None
+
+
+def read_description(raw: Mapping[str, Any]) -> Description:
+    """The algorithms that the JSON object in hf_quant_config.json names."""
+    quantization = raw.get("quantization")
+    if not isinstance(quantization, dict):
+        raise ValueError("expected an object 'quantization'")
+    algorithm = quantization.get("quant_algo")
+    settings = quantization
+    if algorithm == "MIXED_PRECISION":  # for us that is a head of another kind than the layers
+        algorithm, settings = _algorithm_of_layers(quantization.get("quantized_layers"))
+    if algorithm is not None and algorithm not in _MODES:
+        raise ValueError(f"expected quant_algo to be one of {', '.join(_MODES)} but got {algorithm!r}")
+    if algorithm == "W4A16_AWQ":
+        for name, expected in (("group_size", BLOCK), ("has_zero_point", False), ("pre_quant_scale", True)):
+            if settings.get(name) != expected:
+                raise ValueError(f"expected {name} of {algorithm} to be {expected} but got {settings.get(name)}")
+    cache = quantization.get("kv_cache_quant_algo")
+    if cache is not None and cache not in _CACHE_DTYPES:
+        expected = ", ".join(_CACHE_DTYPES)
+        raise ValueError(f"expected kv_cache_quant_algo to be one of {expected} or null but got {cache!r}")
+    return Description(_MODES[algorithm] if algorithm else None, _CACHE_DTYPES[cache] if cache else None)
+
+
+def _algorithm_of_layers(layers: object) -> tuple[str, dict[str, Any]]:
+    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        raise ValueError("expected quantized_layers to say how each layer of MIXED_PRECISION is quantized")
+    in_blocks = [layer for name, layer in layers.items() if ".h." in f".{name}"]
+    algorithms = sorted({str(layer.get("quant_algo")) for layer in in_blocks})
+    if len(algorithms) != 1:
+        raise ValueError(f"expected all linear layers to be quantized alike but got {', '.join(algorithms) or 'none'}")
+    return algorithms[0], in_blocks[0]
+
+
+def config_fields(description: Description, tied: bool, tensors: Mapping[str, Stored]) -> dict[str, Any]:
+    """What the description leaves open, seen from the tensors: values of `CheckpointConfig`'s fields for quantization.
+
+    Args:
+        tied: Whether head and embedding share their weight.
+        tensors: Headers by name, without the prefix "transformer.".
+    """
+    mode = description.mode
+    if mode is None:
+        return {"kv_cache_dtype": description.kv_cache_dtype}
+    embedding, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
+    quant_embedding = tied and embedding is not None and embedding.dtype not in FLOATS
+    quant_lm_head = quant_embedding if head is None else head.dtype not in FLOATS
+    is_smoothquant = mode == "int8-smoothquant"
+    first_scale = tensors.get("h.0.attn.c_attn.weight_scale")
+    return {
+        "quant_mode": mode,
+        "kv_cache_dtype": description.kv_cache_dtype,
+        "quant_lm_head": quant_lm_head,
+        "quant_embedding": quant_embedding,
+        "per_channel": not (is_smoothquant and first_scale is not None and first_scale.shape in ((), (1,))),
+        "per_token": is_smoothquant and not any(name.endswith(".input_scale") for name in tensors),
+    }
+
+
+def stored_tensors(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec]:
+    """Every tensor that a folder of this configuration holds, by name without the prefix "transformer.".
+
+    Args:
+        shapes: The shape of every parameter before quantization, linear weights as (out, in).
+
+    Raises:
+        ValueError: an int4 weight whose input features the block does not divide.
+    """
+    specs: dict[str, Spec] = {}
+    for name, shape in shapes.items():
+        layer = name.removesuffix(".weight")
+        if is_quantized(config, name):
+            for suffix, spec in _layer(config, shape, is_head=layer in ("lm_head", "wte")).items():
+                if layer != "wte" or suffix != "input_scale":  # an embedding has no input to scale
+                    specs[f"{layer}.{suffix}"] = spec
+        else:
+            specs[name] = Spec(FLOATS, shape)
+    if config.kv_cache_dtype is not None:
+        for layer in range(config.n_layer):
+            for which in ("k", "v"):
+                specs[cache_scale(layer, which)] = Spec(FLOATS, ())
+    return specs
+
+
+def is_quantized(config: CheckpointConfig, name: str) -> bool:
+    """Whether a parameter is stored in a quantized type."""
+    if config.quant_mode is None or not name.endswith(".weight"):
+        return False
+    if name.startswith("h."):
+        return ".attn." in name or ".mlp." in name
+    return (name == "lm_head.weight" and config.quant_lm_head) or (name == "wte.weight" and config.quant_embedding)
+
+
+def cache_scale(layer: int, which: str) -> str:
+    """The name of the scale of a layer's keys ("k") or values ("v") in the cache."""
+    return f"h.{layer}.attn.{which}_proj.{which}_scale"
+
+
+def _layer(config: CheckpointConfig, shape: tuple[int, ...], is_head: bool) -> dict[str, Spec]:
+    """The tensors of a quantized linear layer, by the last part of their names."""
+    mode, (size_out, size_in) = config.quant_mode, shape
+    assert mode is not None
+    stored_out = size_out
+    scale_shape: tuple[int, ...] = (size_out,)
+    if mode == "int4-weight-only":
+        if size_in % BLOCK:
+            raise ValueError(f"expected widths that the int4 block of {BLOCK} divides but got {size_in}")
+        size_out += size_out % 2  # packed in pairs; the row too many is of zeros
+        stored_out, scale_shape = size_out // 2, (size_out, size_in // BLOCK)
+    elif mode == "fp8" or (mode == "int8-smoothquant" and not config.per_channel and not is_head):
+        scale_shape = ()
+    tensors = {
+        "weight": Spec((_WEIGHT_DTYPES[mode],), (stored_out, size_in)),
+        "weight_scale": Spec(FLOATS, scale_shape),
+    }
+    if mode == "fp8" or (mode == "int8-smoothquant" and not config.per_token and not is_head):
+        tensors["input_scale"] = Spec(FLOATS, ())
+    if mode in ("int4-weight-only", "int8-smoothquant") and not is_head:
+        tensors["pre_quant_scale"] = Spec(FLOATS, (size_in,))
+    return tensors
+
+
+def unpacked(stored: np.ndarray, rows: int) -> np.ndarray:
+    """A stored weight's numbers before scaling, (rows, in): int8, or float8 as it is."""
+    if stored.dtype != np.uint8:
+        return stored
+    numbers = np.empty((2 * len(stored), stored.shape[1]), np.int8)
+    numbers[0::2] = (stored << 4).view(np.int8) >> 4
+    numbers[1::2] = stored.view(np.int8) >> 4
+    return numbers[:rows]
+
+
+def check_scales(name: str, scales: np.ndarray) -> None:
+    """Refuses what no scale can be. Zero is possible: it belongs to a row or a block of zeros."""
+    bad = ~np.isfinite(scales) | (scales < 0)
+    if bad.any():
+        raise ValueError(f"expected {name} to hold finite numbers that are not negative but got {scales[bad][0]:g}")
