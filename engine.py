@@ -79,6 +79,7 @@ def config_of(checkpoint: Checkpoint, dtype: str) -> GPTConfig:
     return GPTConfig(**{name: value for name, value in asdict(checkpoint.config).items() if name in names}, dtype=dtype)
 
 
+@_stderr_kept()
 def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     """The model with the checkpoint's weights.
 
@@ -86,14 +87,16 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
         CheckpointError: the weights are not those of ``config``.
     """
     gpt = GPT(config)
-    # NumPy has no bfloat16 to hand over, so those weights go as float32 and are rounded in the graph, once, when it is
-    # compiled.
-    source_dtype = "float32" if config.dtype == "bfloat16" else config.dtype
     wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
     state = {}
-    for name, array in checkpoint.parameters(source_dtype):
-        tensor = tp.Tensor(array)
-        state[name] = tensor if tensor.dtype == wanted[name] else tp.cast(tensor, wanted[name])
+    for name, array in checkpoint.parameters(config.dtype):
+        # NumPy has no bfloat16 to hand over: those numbers go as float32, which holds them, and are cast in the graph.
+        tensor = tp.Tensor(array.astype(np.float32) if config.dtype == "bfloat16" else array)
+        if tensor.dtype != wanted[name]:
+            tensor = tp.cast(tensor, wanted[name])
+            if name.endswith("_scale"):  # which nvtripy takes as a constant in the CPU's memory only
+                tensor = tp.copy(tensor, tp.device("cpu"))
+        state[name] = tensor
     gpt.load_state_dict(state)
     return gpt
 

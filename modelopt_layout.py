@@ -23,12 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from weight_loader import CheckpointConfig
 
 DESCRIPTION_FILE = "hf_quant_config.json"
 BLOCK = 128  # input features that share a scale in W4A16_AWQ
@@ -43,6 +40,25 @@ _MODES = {
 }
 _CACHE_DTYPES = {"INT8": "int8", "FP8": "fp8"}
 _WEIGHT_DTYPES = {"int8-weight-only": "I8", "int4-weight-only": "U8", "fp8": "F8_E4M3", "int8-smoothquant": "I8"}
+
+
+class Config(Protocol):
+    """How a checkpoint is quantized, in the fields of `weight_loader.CheckpointConfig`."""
+
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def quant_mode(self) -> str | None: ...
+    @property
+    def quant_lm_head(self) -> bool: ...
+    @property
+    def quant_embedding(self) -> bool: ...
+    @property
+    def per_channel(self) -> bool: ...
+    @property
+    def per_token(self) -> bool: ...
+    @property
+    def kv_cache_dtype(self) -> str | None: ...
 
 
 class Stored(Protocol):
@@ -85,9 +101,9 @@ def read_description(raw: Mapping[str, Any]) -> Description:
     if algorithm is not None and algorithm not in _MODES:
         raise ValueError(f"expected quant_algo to be one of {', '.join(_MODES)} but got {algorithm!r}")
     if algorithm == "W4A16_AWQ":
-        for name, expected in (("group_size", BLOCK), ("has_zero_point", False), ("pre_quant_scale", True)):
-            if settings.get(name) != expected:
-                raise ValueError(f"expected {name} of {algorithm} to be {expected} but got {settings.get(name)}")
+        for name, wanted in (("group_size", BLOCK), ("has_zero_point", False), ("pre_quant_scale", True)):
+            if settings.get(name) != wanted:
+                raise ValueError(f"expected {name} of {algorithm} to be {wanted} but got {settings.get(name)}")
     cache = quantization.get("kv_cache_quant_algo")
     if cache is not None and cache not in _CACHE_DTYPES:
         expected = ", ".join(_CACHE_DTYPES)
@@ -130,7 +146,7 @@ def config_fields(description: Description, tied: bool, tensors: Mapping[str, St
     }
 
 
-def stored_tensors(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec]:
+def stored_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec]:
     """Every tensor that a folder of this configuration holds, by name without the prefix "transformer.".
 
     Args:
@@ -149,13 +165,13 @@ def stored_tensors(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...
         else:
             specs[name] = Spec(FLOATS, shape)
     if config.kv_cache_dtype is not None:
-        for layer in range(config.n_layer):
+        for number in range(config.n_layer):
             for which in ("k", "v"):
-                specs[cache_scale(layer, which)] = Spec(FLOATS, ())
+                specs[cache_scale(number, which)] = Spec(FLOATS, ())
     return specs
 
 
-def is_quantized(config: CheckpointConfig, name: str) -> bool:
+def is_quantized(config: Config, name: str) -> bool:
     """Whether a parameter is stored in a quantized type."""
     if config.quant_mode is None or not name.endswith(".weight"):
         return False
@@ -169,7 +185,7 @@ def cache_scale(layer: int, which: str) -> str:
     return f"h.{layer}.attn.{which}_proj.{which}_scale"
 
 
-def _layer(config: CheckpointConfig, shape: tuple[int, ...], is_head: bool) -> dict[str, Spec]:
+def _layer(config: Config, shape: tuple[int, ...], is_head: bool) -> dict[str, Spec]:
     """The tensors of a quantized linear layer, by the last part of their names."""
     mode, (size_out, size_in) = config.quant_mode, shape
     assert mode is not None

@@ -317,7 +317,7 @@ def _read_config(path: Path) -> CheckpointConfig:
             raise CheckpointError(f"{path}: expected {name} to be an integer from 1 to {limit}, got {_shown(value)}")
         return value
 
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for name, (default, limit) in _SIZES.items():
         synonym = _SYNONYMS.get(name, name)
         if name in raw and synonym in raw and raw[name] != raw[synonym]:

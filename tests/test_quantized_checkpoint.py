@@ -7,6 +7,7 @@ elements: 2e-2.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Quantized:
     folder: Path
     idx: np.ndarray
     logits: np.ndarray
+    noise: float  # between ModelOpt's model computed in float32 and in float64
 
 
 def quantize(source: Path, folder: Path, idx: np.ndarray, **settings: Any) -> Quantized:
@@ -71,9 +73,11 @@ def quantize(source: Path, folder: Path, idx: np.ndarray, **settings: Any) -> Qu
     model = quantization.load_torch_model(source)
     quantization.quantize_model(model, config, quantization.calibration_samples(checkpoint, config))
     with torch.no_grad():
-        logits = model(torch.from_numpy(idx.astype(np.int64)), use_cache=False).logits.numpy()
+        ids = torch.from_numpy(idx.astype(np.int64))
+        logits = model(ids, use_cache=False).logits.numpy()
+        in_float64 = copy.deepcopy(model).double()(ids, use_cache=False).logits.numpy()
     quantization.export(model, folder, config)
-    return Quantized(folder, idx, logits)
+    return Quantized(folder, idx, logits, relative_error(logits, in_float64))
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +95,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quanti
     return get
 
 
-def error_of(quantized: Quantized, checkpoint: Checkpoint | None = None) -> float:
+def error_of(quantized: Quantized, checkpoint: Checkpoint | None = None, dtype: str = "float16") -> float:
     checkpoint = checkpoint or open_checkpoint(quantized.folder)
-    gpt = load_model(checkpoint, config_of(checkpoint, "float16"))
+    gpt = load_model(checkpoint, config_of(checkpoint, dtype))
     return relative_error(stateless_logits(gpt, quantized.idx), quantized.logits)
 
 
@@ -116,22 +120,39 @@ def test_cached_steps(embedded: Callable[[str], Quantized], case: str) -> None:
     assert relative_error(np.stack(found, axis=1), quantized.logits[:, 79:]) <= tolerance(case)
 
 
-@pytest.fixture(scope="module")
-def gpt2_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_gpt2(folder: Path, **architecture: Any) -> Path:
     """GPT-2's own size with random weights, and as its tokenizer the embedded one, whose ids are among GPT-2's."""
-    folder = tmp_path_factory.mktemp("124m")
-    save_random(folder)
+    save_random(folder, **architecture)
     for file in weight_loader.TOKENIZER_FILES:
         if (EMBEDDED_CHECKPOINT / file).is_file():
             shutil.copyfile(EMBEDDED_CHECKPOINT / file, folder / file)
     return folder
 
 
+@pytest.fixture(scope="module")
+def gpt2_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gpt2(tmp_path_factory.mktemp("124m"))
+
+
 @pytest.mark.parametrize("case", MODES)
 def test_124m(gpt2_size: Path, tmp_path: Path, case: str) -> None:
     idx = np.random.default_rng(4).integers(0, 50257, (1, 24)).astype(np.int32)
     quantized = quantize(gpt2_size, tmp_path / "folder", idx, calib_size=2, calib_length=64, **CASES[case])
-    assert error_of(quantized) <= tolerance(case)
+    if case != "fp8":
+        assert error_of(quantized) <= tolerance(case)
+    else:
+        # fp8's steps are a sixteenth of a number. Twelve layers of random weights make 3 % of the logits of the last
+        # bit of a sum, or of an input on the other side of a step: ModelOpt's own model is that far from itself
+        # computed in float64, and nothing can be nearer.
+        assert error_of(quantized, dtype="float32") <= 2 * quantized.noise
+
+
+def test_two_layers_of_124m_in_fp8(tmp_path: Path) -> None:
+    """As wide as GPT-2, and too shallow for such differences to pile up; in float32, as ModelOpt computes."""
+    idx = np.random.default_rng(4).integers(0, 50257, (1, 24)).astype(np.int32)
+    source = save_gpt2(tmp_path / "source", n_layer=2)
+    quantized = quantize(source, tmp_path / "folder", idx, calib_size=2, calib_length=64, mode="fp8")
+    assert error_of(quantized, dtype="float32") <= tolerance("fp8")
 
 
 class MutilatedCheckpoint(Checkpoint):

@@ -378,7 +378,7 @@ def test_interrupted_save_leaves_the_old_checkpoint(
 
 def test_embedded_checkpoint_is_small_and_complete() -> None:
     sizes = {file.name: file.stat().st_size for file in CHECKPOINT.iterdir()}
-    assert set(sizes) == FILES | {"README.md", "calibration.txt"}
+    assert set(sizes) == FILES | {"README.md", "calibration.txt", "held-out.txt"}
     assert sum(sizes.values()) <= 16e6
     config = json.loads((CHECKPOINT / "config.json").read_text())
     assert config["n_embd"] % 128 == 0
