@@ -43,6 +43,7 @@ ROOMS = (
     "interpreter",
     "plan",
     "shape_inference",
+    "fused",
     "reference",
     "graph",
     "packing",

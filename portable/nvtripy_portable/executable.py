@@ -20,11 +20,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nvtripy_portable import interpreter, reference
+from nvtripy_portable import interpreter
 from nvtripy_portable.dims import Dim, Symbolic
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Bounds, Graph, GraphError, Input, Operation, TensorType, Value
 from nvtripy_portable.packing import pack_int4, unpack_int4
-from nvtripy_portable.plan import Plan
+from nvtripy_portable.plan import OPERATIONS, Plan
 
 _MAGIC = b"NVTPORT1"
 _PREFIX = struct.Struct("<8sQ32s")
@@ -181,11 +181,12 @@ def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
             attributes = {"value": _load(attributes["value"], constants)}
             if result_types != [TensorType(DTYPE_NAMES[attributes["value"].dtype], attributes["value"].shape)]:
                 raise FormatError("a constant is not of the type that is declared")
-        elif kind not in reference.OPERATIONS or attributes.get("dtype", "f32") not in DTYPES:
+        elif kind not in OPERATIONS or attributes.get("dtype", "f32") not in DTYPES:
             raise FormatError(f"unknown operation {kind!r} with attributes {attributes}")
-        if len(result_types) != (2 if kind == "top_k" else 1):
-            raise FormatError(f"{kind} cannot have {len(result_types)} results")
         operands = [None if index is None else value(index) for index in entry["operands"]]
+        has_two_results = kind == "top_k" or (kind == "attention" and operands[1] is not None)
+        if len(result_types) != 1 + has_two_results:
+            raise FormatError(f"{kind} cannot have {len(result_types)} results")
         values.extend(graph.add(Operation(kind, operands, attributes, result_types, str(entry["location"]))).results)
     graph.outputs = [value(index) for index in header["outputs"]]
     return graph

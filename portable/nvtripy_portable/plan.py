@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from nvtripy_portable import reference
+from nvtripy_portable import fused, reference
 from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
+
+#: All operations that a graph may hold after the passes.
+OPERATIONS: dict[str, Callable[..., Any]] = reference.OPERATIONS | fused.OPERATIONS
 
 
 def bind(operation: Operation) -> Callable[..., Any]:
@@ -18,7 +21,7 @@ def bind(operation: Operation) -> Callable[..., Any]:
     attributes = operation.attributes
     if "dtype" in attributes:
         attributes = {**attributes, "dtype": DTYPES[attributes["dtype"]]}
-    return partial(reference.OPERATIONS[operation.kind], **attributes)
+    return partial(OPERATIONS[operation.kind], **attributes)
 
 
 @dataclass

@@ -1,0 +1,221 @@
+"""What the operations mean that the passes make of several: one plain NumPy function per operation.
+
+Like :mod:`reference`, this is the oracle of every faster version, and what runs where there is none. Each function is
+called as ``function(*operands, **attributes)``; an absent optional operand is None. They compute in float32 from end to
+end and round once, to ``dtype``: never less precise than the operations that they replace, which round in between.
+
+Weights are rows, one an output feature: (N, width) in ``weight_dtype``, int4 packed two a byte along the row. Their
+scale is a scalar, (N,), or (N, width / block) for blocks along each row.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from nvtripy_portable import reference
+from nvtripy_portable.packing import unpack_int4
+from nvtripy_portable.reference import FLOAT8, INT8, Array
+
+_ROWS_AT_ONCE = 1024  # rows of weights that are widened together: a few megabytes of float32
+
+ROUNDINGS: dict[str, np.dtype[Any]] = {"i8": INT8, "f8e4m3fn": FLOAT8}
+
+#: Between a linear operation's bias and its residual, by name: TensorRT's activations.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_tanh": lambda x: reference.activation(x, operation="kGELU_TANH"),
+    "gelu_erf": lambda x: reference.activation(x, operation="kGELU_ERF"),
+    "relu": lambda x: reference.activation(x, operation="kRELU"),
+    "silu": lambda x: x * reference.activation(x, operation="kSIGMOID"),
+}
+
+
+def _wide(array: Array) -> NDArray[np.float32]:
+    return array.astype(np.float32, copy=False)
+
+
+def _rows(weight: Array, scale: Array | None, weight_dtype: str, width: int) -> NDArray[np.float32]:
+    """Stored rows as the float32 numbers that they stand for, (N, width)."""
+    rows = (unpack_int4(weight, width) if weight_dtype == "i4" else weight).astype(np.float32)
+    if scale is None:
+        return rows
+    if scale.ndim == 2:
+        blocks = rows.reshape(len(rows), scale.shape[1], -1)
+        blocks *= scale[:, :, None]
+        return rows
+    rows *= scale[:, None] if scale.ndim == 1 else scale
+    return rows
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
+    """Layer normalization over the last dimension (Ba et al. 2016): (..., E) with scale and bias (E,)."""
+    wide = _wide(x)
+    centered = wide - wide.mean(axis=-1, keepdims=True, dtype=np.float32)
+    variance = np.square(centered).mean(axis=-1, keepdims=True, dtype=np.float32)
+    result = centered / np.sqrt(variance + np.float32(epsilon)) * _wide(scale) + _wide(bias)
+    return reference.cast(result, dtype=dtype)
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    weight_scale: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    pre_scale: Array | None,
+    input_scale: Array | None,
+    *,
+    weight_dtype: str,
+    width: int,
+    input_dtype: str | None,
+    activation: str | None,
+    dtype: DTypeLike,
+) -> Array:
+    """``activation(round(x * pre_scale) @ rows.T + bias) + residual``: (..., width) → (..., N).
+
+    Args:
+        weight_scale: None where the weights are floats already.
+        bias: (N,).
+        residual: As the result.
+        pre_scale: (width,).
+        input_scale: A scalar by which inputs are rounded to ``input_dtype`` and scaled back; with ``input_dtype`` and
+            without it, inputs are scaled token by token, by the largest magnitude of each over 127.
+        weight_dtype: "f32", "f16", "bf16", "i8", "i4" or "f8e4m3fn".
+        input_dtype: "i8", "f8e4m3fn", or None where inputs are taken as they are.
+        activation: A key of ``ACTIVATIONS``, or None.
+    """
+    if x.shape[-1] != width:
+        raise ValueError(f"linear expects a last dimension of {width}, but got {x.shape}.")
+    wide = _wide(x).reshape(-1, width)
+    if pre_scale is not None:
+        wide = wide * _wide(pre_scale)
+    if input_dtype is not None:
+        wide = round_trip(wide, ROUNDINGS[input_dtype], input_scale)
+    result = np.empty((len(wide), len(weight)), np.float32)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        part = builtins.slice(start, start + _ROWS_AT_ONCE)
+        scale = weight_scale[part] if weight_scale is not None and weight_scale.ndim else weight_scale
+        np.matmul(wide, _rows(weight[part], scale, weight_dtype, width).T, out=result[:, part])
+    if bias is not None:
+        result += _wide(bias)
+    if activation is not None:
+        result = ACTIVATIONS[activation](result)
+    result = result.reshape(*x.shape[:-1], len(weight))
+    if residual is not None:
+        result = result + _wide(residual)
+    return reference.cast(result, dtype=dtype)
+
+
+def round_trip(wide: NDArray[np.float32], dtype: np.dtype[Any], scale: Array | None) -> NDArray[np.float32]:
+    """What is left of float32 rows after rounding to ``dtype`` at a scale, or int8 at one scale a row."""
+    if scale is None:
+        scale = np.maximum(np.abs(wide).max(axis=-1, keepdims=True) / np.float32(127), np.float32(1e-6))
+        rounded = reference.quantize(wide / scale, np.ones((), np.float32), dtype=dtype)
+        return rounded.astype(np.float32) * scale
+    scale = np.asarray(scale, np.float32)
+    return reference.dequantize(reference.quantize(wide, scale, dtype=dtype), scale, dtype=np.float32)
+
+
+def embedding(
+    idx: Array,
+    position: Array | None,
+    table: Array,
+    table_scale: Array | None,
+    position_table: Array,
+    *,
+    weight_dtype: str,
+    width: int,
+    dtype: DTypeLike,
+) -> Array:
+    """``table[idx] + position_table[position + t]``: token ids (B, T) → (B, T, width).
+
+    Args:
+        position: Of each sequence's first token, (B,); None for 0.
+        table: Rows (V, ...) as a linear operation's weight, with ``table_scale``.
+        position_table: (C, width), in a float type.
+    """
+    flat = idx.reshape(-1)
+    scale = reference.gather(table_scale, flat, axis=0) if table_scale is not None and table_scale.ndim else table_scale
+    rows = _rows(reference.gather(table, flat, axis=0), scale, weight_dtype, width).reshape(*idx.shape, width)
+    steps = np.arange(idx.shape[1], dtype=np.int64)[None]
+    positions = steps if position is None else position.astype(np.int64)[:, None] + steps
+    return reference.cast(rows + _wide(reference.gather(position_table, positions, axis=0)), dtype=dtype)
+
+
+def last_rows(x: Array, last: Array) -> Array:
+    """For each sequence the row at ``last`` (B,): (B, T, E) → (B, E)."""
+    batch, length, width = x.shape
+    rows = np.arange(batch, dtype=np.int64) * length + last
+    return reference.gather(x.reshape(-1, width), rows, axis=0)
+
+
+def attention(
+    qkv: Array,
+    cache: Array | None,
+    position: Array | None,
+    k_scale: Array | None,
+    v_scale: Array | None,
+    *,
+    heads: int,
+    head_size: int,
+    scale: float,
+    layer: int,
+    rounding: str | None,
+    dtype: DTypeLike,
+) -> Array | tuple[Array, Array]:
+    """Causal multi-head attention (Vaswani et al. 2017), over this call's tokens or over a key-value cache.
+
+    Args:
+        qkv: Queries, keys and values beside each other, (B, T, 3 * heads * head_size).
+        cache: (L, 2, B, heads, C, head_size), keys before values, or None: then a token sees those of this call up to
+            itself. With it, token t of a sequence stands at slot ``position + t`` and sees the slots up to its own.
+        position: (B,), with a cache.
+        k_scale, v_scale: Scalars; keys and values are rounded to ``rounding`` at these scales. The cache holds the
+            numbers before scaling back.
+        scale: Of the queries.
+        layer: Which of the cache's layers is read and written.
+        rounding: "i8", "f8e4m3fn" or None.
+
+    Returns:
+        (B, T, heads * head_size), and with a cache the cache with this layer's new rows in their slots. A token whose
+        slot the cache does not have is not written, and sees all slots.
+    """
+    batch, length, _ = qkv.shape
+    q, k, v = np.moveaxis(_wide(qkv).reshape(batch, length, 3, heads, head_size), (2, 3), (0, 2))  # (B, H, T, D) each
+    if rounding is not None:
+        k, v = (
+            reference.quantize(each, np.asarray(by, np.float32), dtype=ROUNDINGS[rounding]).astype(np.float32)
+            for each, by in ((k, k_scale), (v, v_scale))
+        )
+    start = np.zeros(batch, np.int64) if position is None else position.astype(np.int64)
+    slots = start[:, None] + np.arange(length)  # (B, T)
+    if cache is not None:
+        cache = cache.copy()
+        for row in range(batch):
+            inside = (slots[row] >= 0) & (slots[row] < cache.shape[4])
+            for half, new in enumerate((k, v)):
+                cache[layer, half, row][:, slots[row, inside]] = reference.cast(new[row][:, inside], dtype=cache.dtype)
+        k, v = _wide(cache[layer, 0]), _wide(cache[layer, 1])
+    if rounding is not None:
+        k, v = k * _wide(np.asarray(k_scale)), v * _wide(np.asarray(v_scale))
+    scores = (q * np.float32(scale)) @ np.swapaxes(k, 2, 3)  # (B, H, T, C)
+    visible = np.asarray(np.arange(scores.shape[3]) <= slots[:, :, None])  # (B, T, C)
+    scores = np.where(visible[:, None], scores, np.float32(-np.inf))
+    # What lies beyond the filled part of a cache may be anything, NaN too: it is left out, not multiplied by zero.
+    seen = visible.any(axis=1)[:, None, :, None]
+    y = reference.softmax(scores, axis=3) @ np.where(seen, v, np.float32(0))
+    y = reference.cast(np.swapaxes(y, 1, 2).reshape(batch, length, heads * head_size), dtype=dtype)
+    return y if cache is None else (y, cache)
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "layer_norm": layer_norm,
+    "linear": linear,
+    "embedding": embedding,
+    "last_rows": last_rows,
+    "attention": attention,
+}
