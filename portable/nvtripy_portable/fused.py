@@ -203,7 +203,7 @@ def attention(
     if rounding is not None:
         k, v = k * _wide(np.asarray(k_scale)), v * _wide(np.asarray(v_scale))
     scores = (q * np.float32(scale)) @ np.swapaxes(k, 2, 3)  # (B, H, T, C)
-    visible = np.asarray(np.arange(scores.shape[3]) <= slots[:, :, None])  # (B, T, C)
+    visible = np.less_equal(np.arange(scores.shape[3]), slots[:, :, None])  # (B, T, C)
     scores = np.where(visible[:, None], scores, np.float32(-np.inf))
     # What lies beyond the filled part of a cache may be anything, NaN too: it is left out, not multiplied by zero.
     seen = visible.any(axis=1)[:, None, :, None]
