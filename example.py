@@ -190,16 +190,16 @@ def quantized(checkpoint: Checkpoint, config: QuantizationConfig) -> Checkpoint:
     found = checkpoint.config
     if found.quant_mode is None and found.kv_cache_dtype is None:
         return open_checkpoint(quantization.cached_checkpoint(checkpoint, config, report=_report))
-    has, asked = (
-        " with a KV cache in ".join(filter(None, pair)) or "nothing"
-        for pair in (
-            (found.quant_mode, found.kv_cache_dtype),
-            (config.mode, None if config.kv_cache_dtype == "float16" else config.kv_cache_dtype),
-        )
-    )
+    has = _described(found.quant_mode, found.kv_cache_dtype)
+    asked = _described(config.mode, None if config.kv_cache_dtype == "float16" else config.kv_cache_dtype)
     if has != asked:
-        raise UsageError(f"expected a checkpoint to quantize, or one in {asked}, but {checkpoint.path} is in {has}")
+        raise UsageError(f"expected a checkpoint to quantize, or one with {asked}, but {checkpoint.path} has {has}")
     return checkpoint
+
+
+def _described(mode: str | None, kv_cache_dtype: str | None) -> str:
+    parts = [f"{mode} layers"] if mode else []
+    return " and ".join([*parts, *([f"an {kv_cache_dtype} KV cache"] if kv_cache_dtype else [])])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,32 @@ def test_embedded_checkpoint_against_transformers(run: Any, tmp_path: Path) -> N
         assert variant["memory_bytes"] >= width * 3_552_768 - 4 * 2 * 9 * 256  # LayerNorms are in float32
         assert variant["tokens_per_second"] > 0 and variant["first_token_seconds"] > 0
         assert 20e6 < variant["peak_memory_bytes"] < 1e9
+
+
+#: Perplexity relative to float32 at most, and bytes of the quantized layers relative to float16 at most.
+BOUNDS = {
+    "int8-weight-only": (1.002, 0.52),
+    "int4-weight-only": (1.05, 0.28),
+    "fp8": (1.01, 0.52),
+    "int8-smoothquant": (1.01, 0.52),
+    "kv-int8": (1.003, 2.0),  # its layers are as they were: float32 on disk
+    "kv-fp8": (1.01, 2.0),
+}
+
+
+@pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
+def test_what_quantization_costs_and_saves(run: Any) -> None:
+    """On text that the embedded checkpoint has not been trained on."""
+    done = run("--max-tokens=6000", "--variants", "float32", *BOUNDS, "--format=json")
+    assert done.code == 0, done.err
+    print(done.out)
+    first, *others = json.loads(done.out)["variants"]
+    assert first["ratio"] == 1.0
+    for variant in others:
+        ratio, size = BOUNDS[variant["variant"]]
+        assert 0.99 < variant["ratio"] <= ratio, variant
+        assert variant["disk_layers_to_float16"] <= size, variant
+        assert variant["memory_layers_to_float16"] <= size, variant
 
 
 def test_held_out_text_is_the_last_tenth() -> None:

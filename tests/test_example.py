@@ -794,7 +794,11 @@ def test_engine_folder_without_space(answer: list[object], tmp_path: Path) -> No
 def test_closed_streams(answer: list[object], redirection: str, message: str) -> None:
     command = [sys.executable, EXAMPLE, *(answer[:5] if "<" in redirection else answer)]
     done = subprocess.run(
-        ["sh", "-c", f'"$@" {redirection}', "sh", *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT
+        ["sh", "-c", f'"$@" {redirection}', "sh", *map(str, command)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("example.py: error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,10 @@ def run(tmp_path: Path, *arguments: object) -> tuple[int, str, set[str]]:
     """Exit code, standard error, and the packages that were imported."""
     report = tmp_path / "modules"
     command = [sys.executable, "-c", RUNNER, ROOT / "example.py", report, *arguments]
-    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
+    )
     return done.returncode, done.stderr, {module.split(".")[0] for module in json.loads(report.read_text())}
 
 
@@ -53,6 +58,18 @@ def test_neither_a_cold_nor_a_warm_start_imports_heavy_packages(tmp_path: Path, 
         assert code == 0 and err.startswith(start), err
         assert "nvtripy" in packages, "the modules were not seen"
         assert not packages & {"torch", "transformers", "huggingface_hub", "tokenizers", "tensorrt", "requests"}
+
+
+@pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
+@pytest.mark.parametrize("options", [["--quant-mode=fp8"], ["--quant-mode=int8-smoothquant", "--kv-cache-dtype=int8"]])
+def test_what_is_quantized_already_starts_like_any_other(tmp_path: Path, options: list[str]) -> None:
+    given = ["--model-type", random_checkpoint(tmp_path / "checkpoint"), *options, "--calib-length=16"]
+    given += ["--input-text=To be", "--max-new-tokens=3", "--seed=1"]
+    code, err, packages = run(tmp_path, *given)
+    assert code == 0 and {"torch", "modelopt"} <= packages, err
+    code, err, packages = run(tmp_path, *given)
+    assert (code, err) == (0, "")
+    assert not packages & {"torch", "modelopt", "transformers", "huggingface_hub", "tokenizers", "datasets"}
 
 
 def test_refused_input_imports_no_nvtripy(tmp_path: Path) -> None:
