@@ -95,7 +95,7 @@ class _Input:
             return
         # NumPy's views through DLPack are read-only.
         buffer = (ctypes.c_uint8 * self._view.nbytes).from_address(self._view.ctypes.data)
-        self._memory = np.frombuffer(buffer, self._view.dtype).reshape(self._view.shape)
+        self._memory = np.frombuffer(memoryview(buffer), self._view.dtype).reshape(self._view.shape)
 
     def holding(self, array: np.ndarray) -> tp.Tensor:
         if self._memory is None:
