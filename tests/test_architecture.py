@@ -40,6 +40,7 @@ ROOMS = (
     "passes",
     "rewrite",
     "executable",
+    "cpu",
     "interpreter",
     "plan",
     "shape_inference",

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import ml_dtypes
 import numpy as np
 
 from nvtripy_portable import interpreter
+from nvtripy_portable.cpu.executor import Executor
+from nvtripy_portable.cpu.versions import Version
 from nvtripy_portable.dims import Dim, Symbolic
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Bounds, Graph, GraphError, Input, Operation, TensorType, Value
 from nvtripy_portable.packing import pack_int4, unpack_int4
@@ -41,21 +44,26 @@ class FormatError(ValueError):
 
 
 class Executable:
-    """A graph and, once it has run, its plan."""
+    """A graph and, once it has run, its native program, or its plan where it has none."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._plan: Plan | None = None
+        self._runner: Executor | Plan | None = None
 
-    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Sequence[np.ndarray | Version]) -> list[np.ndarray | Version]:
         """Outputs for ``inputs``, which must have been checked against the graph's own.
+
+        What a native program makes of a cache is a version of it, which can be an input again.
 
         Raises:
             ExecutionError: an operation failed on the shapes or values that reached it.
         """
-        if self._plan is None:
-            self._plan = Plan(self.graph)
-        return interpreter.run(self._plan, inputs)
+        if self._runner is None:
+            self._runner = Executor.of(self.graph) or Plan(self.graph)
+        if isinstance(self._runner, Executor):
+            return self._runner.run(inputs)
+        arrays = [each.copy() if isinstance(each, Version) else each for each in inputs]
+        return [*interpreter.run(self._runner, arrays)]
 
     def serialize(self) -> bytes:
         """The executable as bytes for :func:`deserialize`."""

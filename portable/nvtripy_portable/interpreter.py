@@ -55,10 +55,10 @@ def _root(array: np.ndarray) -> np.ndarray:
 
 def _describe(step: Step, operands: Sequence[np.ndarray | None], error: Exception) -> str:
     shapes = ", ".join("none" if each is None else f"{each.dtype}{list(each.shape)}" for each in operands)
-    return f"{step.kind}({shapes}): {error}{_where(step.location)}"
+    return f"{step.kind}({shapes}): {error}{where(step.location)}"
 
 
-def _where(location: str) -> str:
+def where(location: str) -> str:
     """The lines of the user's program that a location names, innermost first; all of it where there are none."""
     frames = re.findall(r"--> (.*?:\d+ in \S+\(\))", location)
     users = [frame for frame in frames if not re.search(_NVTRIPYS_OWN, frame)]

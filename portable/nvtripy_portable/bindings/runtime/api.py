@@ -5,6 +5,7 @@ nvtripy knows a "cpu" and a "gpu". The portable runtime's execution device answe
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from mlir_tensorrt.runtime import dlpack
 from nvtripy_portable import executable as portable
+from nvtripy_portable.cpu.versions import Version
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Input
 from nvtripy_portable.interpreter import ExecutionError
 
@@ -40,7 +42,7 @@ class PointerType(Enum):
     device = 1
 
 
-class MemRefValue(np.ndarray):
+class MemRefValue(np.ndarray, metaclass=ABCMeta):
     """An array that knows where it is.
 
     It is an ndarray because nvtripy reads results through ``memoryview``, and Python 3.10 and 3.11 let only C types
@@ -68,6 +70,38 @@ class MemRefValue(np.ndarray):
         return dlpack.to_capsule(self.array, DTYPE_NAMES[self.array.dtype])
 
     def __dlpack_device__(self) -> tuple[int, int]:  # type: ignore[override]
+        return (dlpack.CPU, 0)
+
+
+@MemRefValue.register
+class CacheMemRef:
+    """A cache that a compiled function gave, in the device's memory.
+
+    It is no array: a function that gets it may go on in its memory, and only who looks into it makes it stay.
+    """
+
+    address_space = PointerType.device
+
+    def __init__(self, version: Version) -> None:
+        self.version = version
+        self.shape = version.shape
+        self.dtype = ScalarTypeCode(DTYPE_NAMES[version.dtype])
+
+    @property
+    def array(self) -> np.ndarray:
+        """The contents, which stay as they are from now on."""
+        return self.version.array()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.array, dtype=dtype, copy=copy)
+
+    def __buffer__(self, flags: int) -> memoryview:
+        return memoryview(self.array)
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return dlpack.to_capsule(self.array, DTYPE_NAMES[self.version.dtype])
+
+    def __dlpack_device__(self) -> tuple[int, int]:
         return (dlpack.CPU, 0)
 
 
@@ -119,7 +153,9 @@ class RuntimeClient:
         except TypeError as error:
             raise MTRTException(str(error)) from None
 
-    def copy_to_host(self, device_memref: MemRefValue, **options: Any) -> MemRefValue:
+    def copy_to_host(self, device_memref: MemRefValue | CacheMemRef, **options: Any) -> MemRefValue:
+        if isinstance(device_memref, CacheMemRef):
+            return MemRefValue.view_of(device_memref.version.copy(), PointerType.host)
         return MemRefValue.view_of(device_memref.array.copy(), PointerType.host)
 
     def copy_to_device(self, host_memref: MemRefValue, device: Device, **options: Any) -> MemRefValue:
@@ -172,20 +208,23 @@ class RuntimeSession:
     def execute_function(
         self,
         name: str,
-        in_args: Sequence[MemRefValue],
+        in_args: Sequence[MemRefValue | CacheMemRef],
         stream: Stream | None = None,
         client: RuntimeClient | None = None,
-    ) -> list[MemRefValue]:
-        arrays = [memref.array for memref in in_args]
+    ) -> list[MemRefValue | CacheMemRef]:
+        arrays = [memref.version if isinstance(memref, CacheMemRef) else memref.array for memref in in_args]
         _check_inputs(self._executable.graph.inputs, arrays)
         try:
             outputs = self._executable.run(arrays)
         except ExecutionError as error:
             raise MTRTException(str(error)) from error
-        return [MemRefValue.view_of(output, PointerType.device) for output in outputs]
+        return [
+            CacheMemRef(output) if isinstance(output, Version) else MemRefValue.view_of(output, PointerType.device)
+            for output in outputs
+        ]
 
 
-def _check_inputs(inputs: Sequence[Input], arrays: Sequence[np.ndarray]) -> None:
+def _check_inputs(inputs: Sequence[Input], arrays: Sequence[np.ndarray | Version]) -> None:
     if len(inputs) != len(arrays):
         raise MTRTException(f"function expects {len(inputs)} arguments but got {len(arrays)}")
     named: dict[str, tuple[int, str]] = {}

@@ -1,0 +1,21 @@
+// The table of kernels for the instruction set that this file is being compiled for.
+#include "kernels.h"
+
+#include "attention.h"
+#include "input_stage.h"
+#include "integer_products.h"
+#include "products.h"
+#include "rows.h"
+
+namespace nvtripy_portable::ISA {
+
+#define ISA_STRING(name) ISA_STRING_OF(name)
+#define ISA_STRING_OF(name) #name
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    ISA_STRING(ISA), layer_norm, prepare, prepare_integers, products, integer_products, finish,
+    load_row, store_row, attend, merge, divide, block_maxima, read,
+};
+
+}  // namespace nvtripy_portable::ISA

@@ -1,0 +1,288 @@
+// The Python module nvtripy_portable._native. Arrays come as buffers of bytes: the lowering knows what is in them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <optional>
+
+#include "cache_rows.h"
+#include "isa.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nvtripy_portable;
+
+namespace {
+
+// A view of an array's memory, for as long as this lives.
+class Buffer {
+public:
+    explicit Buffer(nb::handle object, bool writable = false) {
+        const int flags = PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
+    }
+    Buffer(Buffer&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { PyBuffer_Release(&view_); }
+
+    template <class T>
+    T* as() const { return static_cast<T*>(view_.buf); }
+    int64_t bytes() const { return view_.len; }
+    int dimensions() const { return view_.ndim; }
+    int64_t size(int i) const { return view_.shape[i]; }
+
+    // The leading dimensions, of which there may be none: (batch, length).
+    std::pair<int64_t, int64_t> rows() const {
+        if (view_.ndim < 2) return {1, 1};
+        int64_t batch = 1;
+        const int leading = view_.ndim - 1;
+        for (int i = 0; i < std::max(leading - 1, 1); ++i) batch *= view_.shape[i];
+        return {batch, leading > 1 ? view_.shape[leading - 1] : 1};
+    }
+
+private:
+    Py_buffer view_{};
+};
+
+template <class T>
+T look_up(const std::map<std::string, T>& table, const std::string& name, const char* what) {
+    const auto found = table.find(name);
+    if (found == table.end()) throw nb::value_error(("unknown " + std::string(what) + " " + name).c_str());
+    return found->second;
+}
+
+const std::map<std::string, Kind> kKinds = {{"layer_norm", Kind::layer_norm},
+                                            {"linear", Kind::linear},
+                                            {"embedding", Kind::embedding},
+                                            {"last_rows", Kind::last_rows},
+                                            {"attention", Kind::attention}};
+const std::map<std::string, Dtype> kDtypes = {{"f32", Dtype::f32}, {"f16", Dtype::f16}, {"bf16", Dtype::bf16},
+                                              {"i8", Dtype::i8},   {"i4", Dtype::i4},   {"f8e4m3fn", Dtype::f8}};
+const std::map<std::string, Activation> kActivations = {{"gelu_tanh", Activation::gelu_tanh},
+                                                        {"gelu_erf", Activation::gelu_erf},
+                                                        {"relu", Activation::relu},
+                                                        {"silu", Activation::silu}};
+const std::map<std::string, Rounding> kRoundings = {{"i8", Rounding::i8}, {"f8e4m3fn", Rounding::f8}};
+
+bool holds_nan(const uint8_t* numbers, int64_t count) {
+    uint8_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) largest = std::max<uint8_t>(largest, numbers[i] & 0x7f);
+    return largest == 0x7f;
+}
+
+// A Program and the arrays that it points into.
+class PythonProgram {
+public:
+    PythonProgram(const std::string& isa, nb::list operations, nb::list caches, std::vector<int> buffers,
+                  std::vector<int64_t> widths, std::vector<int> inputs, std::vector<int> outputs) {
+        std::vector<Operation> parsed;
+        for (nb::handle each : operations) parsed.push_back(parse(nb::cast<nb::dict>(each)));
+        for (nb::handle each : caches) {
+            const auto description = nb::cast<nb::tuple>(each);
+            const auto shape = nb::cast<std::vector<int64_t>>(description[1]);
+            if (shape.size() != 6 || shape[1] != 2) throw nb::value_error("expected a cache of shape (L, 2, B, H, C, D)");
+            caches_.push_back({nullptr, look_up(kDtypes, nb::cast<std::string>(description[0]), "dtype"), shape[0],
+                               shape[2], shape[3], shape[4], shape[5]});
+        }
+        program_.emplace(kernels_for(isa), std::move(parsed), std::move(buffers), std::move(widths), std::move(inputs),
+                         std::move(outputs));
+    }
+
+    void run(nb::list integers, nb::list caches, nb::list inputs, nb::list outputs) {
+        std::vector<Buffer> held;
+        held.reserve(integers.size() + caches.size() + inputs.size() + outputs.size());
+        std::vector<IntegerInput> numbers;
+        for (nb::handle each : integers) {
+            const Buffer& buffer = held.emplace_back(each);
+            numbers.push_back({buffer.as<const int32_t>(), buffer.dimensions() > 0 ? buffer.size(0) : 1,
+                               buffer.dimensions() > 1 ? buffer.size(1) : 1});
+        }
+        std::vector<Cache> stores = caches_;
+        if (caches.size() != stores.size()) throw nb::value_error("wrong number of caches");
+        for (size_t i = 0; i < stores.size(); ++i) {
+            const Buffer& buffer = held.emplace_back(caches[i], true);
+            Cache& cache = stores[i];
+            cache.data = buffer.as<void>();
+            const int64_t number = cache.dtype == Dtype::f32 ? 4 : cache.dtype == Dtype::i8 ? 1 : 2;
+            if (buffer.bytes() != cache.layers * 2 * cache.batch * cache.heads * cache.context * cache.head_size * number)
+                throw nb::value_error("a cache has the wrong size");
+        }
+        const auto floats = [&](nb::list arrays, bool writable) {
+            std::vector<FloatArray> result;
+            for (nb::handle each : arrays) {
+                const Buffer& buffer = held.emplace_back(each, writable);
+                const auto [batch, length] = buffer.rows();
+                result.push_back({buffer.as<float>(), batch, length});
+            }
+            return result;
+        };
+        const std::vector<FloatArray> in = floats(inputs, false), out = floats(outputs, true);
+        const nb::gil_scoped_release released;
+        program_->run(numbers, stores, in, out);
+    }
+
+    std::string isa() const { return program_->isa(); }
+
+private:
+    template <class T>
+    const T* array(nb::handle object) {
+        if (object.is_none()) return nullptr;
+        return arrays_.emplace_back(object).as<const T>();
+    }
+
+    Matrix matrix(nb::handle object) {
+        if (object.is_none()) return {};
+        const auto form = nb::cast<nb::dict>(object);
+        Matrix result;
+        result.dtype = look_up(kDtypes, nb::cast<std::string>(form["dtype"]), "dtype");
+        result.rows = nb::cast<int64_t>(form["rows"]);
+        result.width = nb::cast<int64_t>(form["width"]);
+        result.data = array<void>(form["data"]);
+        if (arrays_.back().bytes() != result.rows * result.row_bytes()) throw nb::value_error("a weight has the wrong size");
+        result.scales = array<float>(form["scales"]);
+        result.scale_stride = nb::cast<int64_t>(form["scale_stride"]);
+        result.block = nb::cast<int64_t>(form["block"]);
+        if (result.dtype == Dtype::f8) result.has_nan = holds_nan(static_cast<const uint8_t*>(result.data), result.rows * result.width);
+        return result;
+    }
+
+    Operation parse(const nb::dict& form) {
+        Operation operation;
+        const auto has = [&](const char* key) { return form.contains(key) && !form[key].is_none(); };
+        const auto number = [&](const char* key, auto& to) {
+            if (has(key)) to = nb::cast<std::remove_reference_t<decltype(to)>>(form[key]);
+        };
+        operation.kind = look_up(kKinds, nb::cast<std::string>(form["kind"]), "operation");
+        number("x", operation.x);
+        number("y", operation.y);
+        number("residual", operation.residual);
+        number("tokens", operation.tokens);
+        number("position", operation.position);
+        number("last", operation.last);
+        number("cache", operation.cache);
+        number("heads", operation.heads);
+        number("head_size", operation.head_size);
+        number("score_scale", operation.score_scale);
+        number("layer", operation.layer);
+        number("k_scale", operation.k_scale);
+        number("v_scale", operation.v_scale);
+        number("width", operation.stage.width);
+        number("epsilon", operation.stage.epsilon);
+        number("input_scale", operation.stage.input_scale);
+        number("per_token", operation.stage.per_token);
+        if (has("norm_scale")) operation.stage.norm_scale = array<float>(form["norm_scale"]);
+        if (has("norm_bias")) operation.stage.norm_bias = array<float>(form["norm_bias"]);
+        if (has("pre_scale")) operation.stage.pre_scale = array<float>(form["pre_scale"]);
+        if (has("bias")) operation.bias = array<float>(form["bias"]);
+        if (has("input_rounding")) operation.stage.rounding = look_up(kRoundings, nb::cast<std::string>(form["input_rounding"]), "rounding");
+        if (has("rounding")) operation.rounding = look_up(kRoundings, nb::cast<std::string>(form["rounding"]), "rounding");
+        if (has("activation")) operation.activation = look_up(kActivations, nb::cast<std::string>(form["activation"]), "activation");
+        if (has("weight")) operation.weight = matrix(form["weight"]);
+        if (has("positions")) operation.positions = matrix(form["positions"]);
+        return operation;
+    }
+
+    std::vector<Buffer> arrays_;
+    std::vector<Cache> caches_;
+    std::optional<Program> program_;
+};
+
+// The k largest of x, in falling order, the lower index first among equals: their indices. Blocks whose maximum is less
+// than the k-th largest maximum hold none of them.
+std::vector<int64_t> top_k(nb::handle array, int64_t k) {
+    constexpr int64_t kBlock = 128;
+    const Buffer buffer(array);
+    const float* x = buffer.as<const float>();
+    const int64_t count = buffer.bytes() / 4;
+    k = std::clamp<int64_t>(k, 0, count);
+    if (k == 0) return {};
+    const nb::gil_scoped_release released;
+    const int64_t blocks = (count + kBlock - 1) / kBlock;
+    std::vector<float> maxima(static_cast<size_t>(blocks));
+    kernels_for("").block_maxima(x, count, kBlock, maxima.data());
+    float least = -std::numeric_limits<float>::infinity();
+    if (k < blocks) {
+        std::vector<float> order = maxima;
+        std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
+        least = order[static_cast<size_t>(k - 1)];
+    }
+    std::vector<int64_t> candidates;
+    for (int64_t b = 0; b < blocks; ++b)
+        if (maxima[static_cast<size_t>(b)] >= least)
+            for (int64_t i = b * kBlock; i < std::min((b + 1) * kBlock, count); ++i)
+                if (!(x[i] < least)) candidates.push_back(i);
+    const auto comes_first = [x](int64_t a, int64_t b) {
+        // NaN last, so that the order is one.
+        const float p = x[a] == x[a] ? x[a] : -std::numeric_limits<float>::infinity();
+        const float q = x[b] == x[b] ? x[b] : -std::numeric_limits<float>::infinity();
+        return p > q || (p == q && a < b);
+    };
+    k = std::min<int64_t>(k, static_cast<int64_t>(candidates.size()));
+    std::partial_sort(candidates.begin(), candidates.begin() + k, candidates.end(), comes_first);
+    candidates.resize(static_cast<size_t>(k));
+    return candidates;
+}
+
+// Reads an array of float32 on all threads, in units as large as a weight's.
+float read_all(const std::string& isa, nb::handle array) {
+    const Buffer buffer(array);
+    const float* x = buffer.as<const float>();
+    const int64_t count = buffer.bytes() / 4;
+    const Kernels& kernels = kernels_for(isa);
+    const nb::gil_scoped_release released;
+    constexpr int64_t kUnit = 256 << 10;
+    std::atomic<float> total{0};
+    ThreadPool::instance().run([&](Team& team) {
+        team.each((count + kUnit - 1) / kUnit, [&](int64_t unit) {
+            total.store(kernels.read(x + unit * kUnit, std::min(kUnit, count - unit * kUnit)), std::memory_order_relaxed);
+        });
+    });
+    return total.load();
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+        try {
+            std::rethrow_exception(pointer);
+        } catch (const nvtripy_portable::IndexError& error) {
+            PyErr_SetString(PyExc_IndexError, error.what());
+        }
+    });
+    nb::class_<PythonProgram>(module, "Program", "A graph of fused operations with its constants, ready to run.")
+        .def(nb::init<const std::string&, nb::list, nb::list, std::vector<int>, std::vector<int64_t>, std::vector<int>,
+                      std::vector<int>>(),
+             nb::arg("isa"), nb::arg("operations"), nb::arg("caches"), nb::arg("buffers"), nb::arg("widths"),
+             nb::arg("inputs"), nb::arg("outputs"))
+        .def("run", &PythonProgram::run, nb::arg("integers"), nb::arg("caches"), nb::arg("inputs"), nb::arg("outputs"),
+             "Fills the outputs and writes into the caches, without the GIL.")
+        .def_prop_ro("isa", &PythonProgram::isa);
+    module.def("available_isas", &available_isas, "Instruction sets that this CPU has, the best first.");
+    module.def("kernels_for", [](const std::string& isa) { return std::string(kernels_for(isa).name); }, nb::arg("isa"));
+    module.def("threads", [] { return ThreadPool::instance().threads(); });
+    module.def("set_threads", [](int threads) { ThreadPool::instance().set_threads(threads); }, nb::arg("threads"));
+    module.def("copy_nonzero", [](nb::handle to, nb::handle from) {
+        const Buffer target(to, true), source(from);
+        if (target.bytes() != source.bytes()) throw nb::value_error("expected arrays of one size");
+        const nb::gil_scoped_release released;
+        copy_nonzero(target.as<char>(), source.as<const char>(), static_cast<size_t>(source.bytes()));
+    }, nb::arg("to"), nb::arg("from_"), "Copies into an array that is all zero, leaving out pages that are zero.");
+    module.def("exchange_rows", [](nb::handle cache, nb::handle saved, nb::handle position, int64_t length, bool restore) {
+        const Buffer all(cache, true), rows(saved, true), at(position);
+        if (all.dimensions() != 6) throw nb::value_error("expected a cache of shape (L, 2, B, H, C, D)");
+        const int64_t halves = all.size(0) * 2, batch = all.size(2), heads = all.size(3), context = all.size(4);
+        const int64_t count = halves * batch * heads * context;
+        const int64_t row_bytes = count ? all.bytes() / count : 0;
+        if (rows.bytes() != halves * batch * heads * length * row_bytes || at.bytes() != batch * 4)
+            throw nb::value_error("saved rows or positions do not fit the cache");
+        exchange_rows(all.as<char>(), rows.as<char>(), at.as<const int32_t>(), halves, batch, heads, context, row_bytes,
+                      length, restore);
+    }, nb::arg("cache"), nb::arg("saved"), nb::arg("position"), nb::arg("length"), nb::arg("restore"));
+    module.def("top_k", &top_k, nb::arg("x"), nb::arg("k"));
+    module.def("read_all", &read_all, nb::arg("isa"), nb::arg("array"));
+}

@@ -1,0 +1,96 @@
+// Single rows: out of tables, into caches; and what follows a product.
+#pragma once
+
+#include "dequantize.h"
+#include "kernels.h"
+#include "numbers.h"
+#include "simd.h"
+
+namespace nvtripy_portable::ISA {
+
+inline void load_row(const Matrix& matrix, int64_t row, float* y) {
+    dequantize(matrix, row, 0, matrix.width, y);
+}
+
+inline float rounded(float value, Rounding rounding, float scale) {
+    if (rounding == Rounding::none) return value;
+    return rounding == Rounding::i8 ? round_i8(value / scale) : round_f8(value / scale);
+}
+
+inline void store_row(const float* x, int64_t count, Rounding rounding, float scale, Dtype dtype, void* y) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = rounded(x[i], rounding, scale);
+        switch (dtype) {
+            case Dtype::f32: static_cast<float*>(y)[i] = value; break;
+            case Dtype::f16: static_cast<uint16_t*>(y)[i] = to_f16(value); break;
+            case Dtype::bf16: static_cast<uint16_t*>(y)[i] = to_bf16(value); break;
+            default: static_cast<int8_t*>(y)[i] = static_cast<int8_t>(round_i8(value)); break;
+        }
+    }
+}
+
+// x / (1 + e^-z): sigmoid linear units, and GELU's tanh approximation with z = sqrt(8 / pi) * (x + 0.044715 x^3).
+inline F gated(F x, F z) { return div(x, add(set1(1), exp(sub(zero(), z)))); }
+
+inline F activate(F x, Activation activation) {
+    switch (activation) {
+        case Activation::gelu_tanh: {
+            const F cubic = fma(mul(x, x), set1(0.044715f), set1(1));
+            return gated(x, mul(mul(x, cubic), set1(1.5957691216057308f)));
+        }
+        case Activation::gelu_erf: {
+            alignas(64) float values[W];
+            store(values, x);
+            for (int i = 0; i < W; ++i) values[i] = 0.5f * values[i] * (1.0f + __builtin_erff(values[i] * 0.70710678f));
+            return load(values);
+        }
+        case Activation::relu: return max(x, zero());
+        case Activation::silu: return gated(x, x);
+        default: return x;
+    }
+}
+
+inline void finish(float* y, int64_t count, const float* bias, Activation activation, const float* residual) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        F value = load(y + i);
+        if (bias) value = add(value, load(bias + i));
+        value = activate(value, activation);
+        if (residual) value = add(value, load(residual + i));
+        store(y + i, value);
+    }
+    const int64_t rest = count - i;
+    if (rest > 0) {
+        F value = load_part<F32>(y + i, rest);
+        if (bias) value = add(value, load_part<F32>(bias + i, rest));
+        value = activate(value, activation);
+        if (residual) value = add(value, load_part<F32>(residual + i, rest));
+        store_part(y + i, value, rest);
+    }
+}
+
+inline void block_maxima(const float* x, int64_t count, int64_t block, float* maxima) {
+    for (int64_t start = 0; start < count; start += block) {
+        const int64_t end = smaller(start + block, count);
+        F largest = set1(-__builtin_inff());
+        int64_t i = start;
+        for (; i + W <= end; i += W) largest = max(largest, load(x + i));
+        alignas(64) float lanes[W];
+        store(lanes, largest);
+        float result = -__builtin_inff();
+        for (int lane = 0; lane < W; ++lane) result = lanes[lane] > result ? lanes[lane] : result;
+        for (; i < end; ++i) result = x[i] > result ? x[i] : result;
+        maxima[start / block] = result;
+    }
+}
+
+inline float read(const float* x, int64_t count) {
+    F sums[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t i = 0; i + 4 * W <= count; i += 4 * W) {
+        prefetch(x + i + 1024);
+        for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], load(x + i + j * W));
+    }
+    return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+}  // namespace nvtripy_portable::ISA

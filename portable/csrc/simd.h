@@ -1,0 +1,123 @@
+// The vector types and operations that the kernels are written in, for the instruction set that this translation unit
+// is compiled for. ISA (portable, avx2 or avx512) is both the namespace and the choice.
+//
+// Every kernel source is compiled once for each instruction set. Whatever it defines must therefore live in namespace
+// ISA, and it must not use inline functions of the standard library: the linker keeps one copy of those, which could be
+// one that this CPU cannot run.
+//
+//   F  W floats            I  W int32            S  2W int16
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef ISA
+#error "ISA must name the instruction set: portable, avx2 or avx512"
+#endif
+
+#define ISA_IS_portable 1
+#define ISA_IS_avx2 2
+#define ISA_IS_avx512 3
+#define ISA_JOIN(a, b) a##b
+#define ISA_NUMBER(name) ISA_JOIN(ISA_IS_, name)
+
+#if ISA_NUMBER(ISA) == 3
+#include "simd_avx512.h"
+#elif ISA_NUMBER(ISA) == 2
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace nvtripy_portable::ISA {
+
+constexpr int64_t kPadding = 128;  // rows of inputs are padded with zeros to a multiple of this
+
+template <class T>
+inline T smaller(T a, T b) { return b < a ? b : a; }
+template <class T>
+inline T larger(T a, T b) { return a < b ? b : a; }
+
+inline float to_float_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// How W stored numbers become W floats. kFactor is what the result has to be multiplied by.
+struct F32 {
+    using Stored = float;
+    static constexpr float kFactor = 1;
+    static F load(const float* p) { return ISA::load(p); }
+};
+struct F16 {
+    using Stored = uint16_t;
+    static constexpr float kFactor = 1;
+    static F load(const uint16_t* p) { return load_f16(p); }
+};
+struct BF16 {
+    using Stored = uint16_t;
+    static constexpr float kFactor = 1;
+    static F load(const uint16_t* p) { return load_bf16(p); }
+};
+struct I8 {
+    using Stored = int8_t;
+    static constexpr float kFactor = 1;
+    static F load(const int8_t* p) { return load_i8(p); }
+};
+// E4M3's bits shifted left are a float16 that is 2^-8 of the number, subnormals included. NaN is the exception: its
+// bits would be 480, so F8 is for weights that hold none, and F8WithNaN for the others.
+struct F8 {
+    using Stored = uint8_t;
+    static constexpr float kFactor = 256;
+    static F load(const uint8_t* p) { return load_f8(p); }
+};
+struct F8WithNaN {
+    using Stored = uint8_t;
+    static constexpr float kFactor = 256;
+    static F load(const uint8_t* p) {
+        alignas(64) float values[W];
+        store(values, load_f8(p));
+        for (int i = 0; i < W; ++i)
+            if ((p[i] & 0x7f) == 0x7f) values[i] = __builtin_nanf("");
+        return ISA::load(values);
+    }
+};
+
+// As Numbers::load, of the first `count` < W numbers at p; the others are 0.
+template <class Numbers>
+inline F load_part(const typename Numbers::Stored* p, int64_t count) {
+    typename Numbers::Stored part[W] = {};
+    std::memcpy(part, p, static_cast<size_t>(count) * sizeof part[0]);
+    return Numbers::load(part);
+}
+
+inline void store_part(float* p, F values, int64_t count) {
+    alignas(64) float part[W];
+    store(part, values);
+    std::memcpy(p, part, static_cast<size_t>(count) * sizeof part[0]);
+}
+
+// e^x to 1e-7 relative: 2^n * e^r with |r| <= ln(2)/2, e^r by its Taylor polynomial of degree 6 (error 2e-8).
+inline F exp(F x) {
+    x = min(max(x, set1(-87.3f)), set1(88.3f));
+    const F n = round(mul(x, set1(1.44269504088896341f)));
+    F r = fma(n, set1(-0.693359375f), x);  // ln(2) in two parts, so that the difference is exact
+    r = fma(n, set1(2.12194440e-4f), r);
+    F p = set1(1.0f / 5040);
+    p = fma(p, r, set1(1.0f / 720));
+    p = fma(p, r, set1(1.0f / 120));
+    p = fma(p, r, set1(1.0f / 24));
+    p = fma(p, r, set1(1.0f / 6));
+    p = fma(p, r, set1(0.5f));
+    p = fma(p, r, set1(1.0f));
+    p = fma(p, r, set1(1.0f));
+    return times_power_of_two(p, n);
+}
+
+}  // namespace nvtripy_portable::ISA

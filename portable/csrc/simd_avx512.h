@@ -1,0 +1,79 @@
+// AVX-512 F, BW, VL, DQ and VNNI: 16 floats a vector.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace nvtripy_portable::ISA {
+
+using F = __m512;
+using I = __m512i;
+using S = __m512i;
+constexpr int W = 16;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float x) { return _mm512_set1_ps(x); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+// Where an operand is NaN the second is returned: min(max(x, low), high) would lose a NaN in x, so x stands second.
+inline F max(F a, F b) { return _mm512_max_ps(b, a); }
+inline F min(F a, F b) { return _mm512_min_ps(b, a); }
+inline F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
+
+inline float sum(F x) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+inline F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F load_f8(const uint8_t* p) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xBFFF))));
+}
+
+inline I zero_i() { return _mm512_setzero_si512(); }
+inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+inline S load_s(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline S widen_i8(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// Lane j of the result: sum[j] + a[2j] * b[2j] + a[2j + 1] * b[2j + 1].
+inline I dot(I sum, S a, S b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+// 8W int4 in 4W bytes: part q holds elements q, q + 4, q + 8, ...
+struct Nibbles {
+    __m512i words;
+    explicit Nibbles(const uint8_t* p) : words(_mm512_loadu_si512(p)) {}
+    S part0() const { return _mm512_srai_epi16(_mm512_slli_epi16(words, 12), 12); }
+    S part1() const { return _mm512_srai_epi16(_mm512_slli_epi16(words, 8), 12); }
+    S part2() const { return _mm512_srai_epi16(_mm512_slli_epi16(words, 4), 12); }
+    S part3() const { return _mm512_srai_epi16(words, 12); }
+};
+
+// Each of W / 4 numbers in four neighbouring lanes.
+inline F spread(const float* p) {
+    const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace nvtripy_portable::ISA

@@ -1,0 +1,1 @@
+"""The native executor: graphs of fused operations, run by the C++ kernels in one call."""

@@ -1,0 +1,103 @@
+"""Runs a native program on arrays: one call a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nvtripy_portable import reference
+from nvtripy_portable.cpu import native
+from nvtripy_portable.cpu.lowering import Lowered, is_fused, lower
+from nvtripy_portable.cpu.versions import LOCK, Step, Version
+from nvtripy_portable.graph import Graph
+from nvtripy_portable.interpreter import ExecutionError, where
+
+
+class Executor:
+    """A graph's native program."""
+
+    def __init__(self, lowered: Lowered, module: object) -> None:
+        self._lowered = lowered
+        self._module = module
+
+    @staticmethod
+    def of(graph: Graph) -> Executor | None:
+        """The executor of a graph, or None where it has to be interpreted.
+
+        Raises:
+            ExecutionError: the environment asks for an instruction set or a number of threads that cannot be.
+        """
+        if not is_fused(graph):
+            return None
+        try:
+            module = native.load()
+            lowered = None if module is None else lower(graph, module)
+        except ValueError as error:
+            raise ExecutionError(str(error)) from error
+        return None if lowered is None else Executor(lowered, module)
+
+    def run(self, inputs: Sequence[np.ndarray | Version]) -> list[np.ndarray | Version]:
+        """The graph's outputs: arrays, and of caches their next versions.
+
+        Raises:
+            ExecutionError: a token id, a position or a row that is not in its table. Nothing is written then.
+        """
+        lowered = self._lowered
+        results: list[np.ndarray | Version] = []
+        arrays = []
+        for output in lowered.outputs:
+            if output.cache is None:
+                shape = (*inputs[output.source].shape[: output.leading], output.width)
+                arrays.append(np.empty(shape, np.float32))
+        integers = [_array(inputs[each]) for each in lowered.integers]
+        floats = [np.ascontiguousarray(_array(inputs[each]), np.float32) for each in lowered.floats]
+        if not lowered.caches:
+            self._call(integers, [], floats, arrays)
+            steps = []
+        else:
+            with LOCK:
+                steps = self._steps(inputs)
+                try:
+                    self._call(integers, [_raw(step.memory) for step in steps], floats, arrays)
+                except BaseException:
+                    for step in steps:
+                        step.take_back()
+                    raise
+        remaining = iter(arrays)
+        for output in lowered.outputs:
+            if output.cache is None:
+                results.append(reference.cast(next(remaining), dtype=output.dtype))
+            else:
+                results.append(steps[output.cache].new)
+        return results
+
+    def _steps(self, inputs: Sequence[np.ndarray | Version]) -> list[Step]:
+        lowered = self._lowered
+        steps = []
+        for cache, position, (source, dimension) in zip(
+            lowered.caches, lowered.positions, lowered.lengths, strict=True
+        ):
+            length = inputs[source].shape[dimension]
+            steps.append(Step(inputs[cache], _array(inputs[position]), length, self._module))
+        return steps
+
+    def _call(
+        self,
+        integers: list[np.ndarray],
+        caches: list[np.ndarray],
+        floats: list[np.ndarray],
+        outputs: list[np.ndarray],
+    ) -> None:
+        try:
+            self._lowered.program.run(integers, caches, floats, outputs)
+        except (IndexError, ValueError) as error:
+            raise ExecutionError(f"{error}{where(self._lowered.location)}") from error
+
+
+def _array(value: np.ndarray | Version) -> np.ndarray:
+    return value.copy() if isinstance(value, Version) else np.ascontiguousarray(value)
+
+
+def _raw(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array

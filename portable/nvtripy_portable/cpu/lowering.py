@@ -1,0 +1,375 @@
+"""From a graph of fused operations to a native program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nvtripy_portable import fused
+from nvtripy_portable.cpu import native
+from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
+
+_FLOATS = ("f32", "f16", "bf16")
+_CACHES = ("f32", "f16", "bf16", "i8")
+_LEAST_BLOCK = 32  # weights that share a scale: a multiple of this
+
+
+@dataclass
+class Output:
+    """What the executor makes of one output of the graph: a cache (its number), or an array of ``dtype``.
+
+    An array has the first ``leading`` dimensions of the graph's input number ``source``, then ``width``.
+    """
+
+    cache: int | None = None
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
+    source: int = 0
+    leading: int = 0
+    width: int = 0
+
+
+@dataclass
+class Lowered:
+    """A native program and how the graph's inputs and outputs go into it, by their numbers."""
+
+    program: Any
+    integers: list[int]
+    floats: list[int]
+    caches: list[int]
+    positions: list[int]  # for each cache, which input says where it is written
+    lengths: list[tuple[int, int]]  # and which dimension of which input says how many rows
+    outputs: list[Output]
+    location: str  # of the operation that looks indices up
+
+
+class _CannotRun(Exception):
+    """The graph holds something that the program cannot do."""
+
+
+def lower(graph: Graph, module: Any) -> Lowered | None:
+    """The program for ``graph``, or None where it cannot run natively.
+
+    Args:
+        graph: Its weights are used where they are: they must not change.
+        module: ``nvtripy_portable._native``.
+
+    Raises:
+        ValueError: ``NVTRIPY_PORTABLE_ISA`` asks for an instruction set that the CPU lacks.
+    """
+    if not is_fused(graph):
+        return None
+    try:
+        return _Lowering(graph).finish(module)
+    except _CannotRun:
+        return None
+
+
+def is_fused(graph: Graph) -> bool:
+    """Whether a graph has no operations but fused ones."""
+    kinds = {operation.kind for operation in graph.operations} - {"constant"}
+    return bool(kinds) and kinds <= set(fused.OPERATIONS)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _CannotRun
+
+
+class _Lowering:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.inputs = {entry.value: index for index, entry in enumerate(graph.inputs)}
+        self.uses = _uses(graph)
+        self.values: dict[Value, int] = {}  # float values by their number in the program
+        self.widths: list[int] = []
+        self.leading: dict[Value, tuple[int, int]] = {}
+        self.integers: list[int] = []
+        self.floats: list[int] = []
+        self.caches: list[int] = []
+        self.cache_of: dict[Value, int] = {}  # every version of a cache
+        self.newest: dict[int, Value] = {}
+        self.positions: list[int] = []
+        self.lengths: list[tuple[int, int]] = []
+        self.forms: list[dict[str, Any]] = []
+        self.norms: dict[Value, Operation] = {}  # that the one linear operation after them does
+        self.location = ""
+        for operation in graph.operations:
+            if operation.kind != "constant":
+                getattr(self, f"_{operation.kind}")(operation)
+
+    def finish(self, module: Any) -> Lowered:
+        outputs = []
+        for value in self.graph.outputs:
+            if value in self.cache_of:
+                number = self.cache_of[value]
+                _require(self.newest[number] is value)
+                outputs.append(Output(cache=number))
+            else:
+                _require(value in self.values and value not in self.inputs)
+                source, leading = self.leading[value]
+                width = self.widths[self.values[value]]
+                outputs.append(Output(None, DTYPES[value.type.dtype], source, leading, width))
+        _require(len(set(self.graph.outputs)) == len(outputs))
+        _require(len([each for each in outputs if each.cache is not None]) == len(self.caches))
+        arrays = [value for value in self.graph.outputs if value not in self.cache_of]
+        program = module.Program(
+            native.isa(),
+            self.forms,
+            [
+                (self.graph.inputs[each].value.type.dtype, self.graph.inputs[each].value.type.shape)
+                for each in self.caches
+            ],
+            self._buffers(arrays),
+            self.widths,
+            [self.values[self.graph.inputs[each].value] for each in self.floats],
+            [self.values[each] for each in arrays],
+        )
+        return Lowered(
+            program,
+            self.integers,
+            self.floats,
+            self.caches,
+            self.positions,
+            self.lengths,
+            outputs,
+            self.location,
+        )
+
+    def _buffers(self, outputs: list[Value]) -> list[int]:
+        """For each value the number of its buffer: one is free again after its value was read for the last time."""
+        given = {self.values[value] for value in outputs}
+        given |= {self.values[self.graph.inputs[each].value] for each in self.floats}
+        last_read = {form[key]: step for step, form in enumerate(self.forms) for key in ("x", "residual") if key in form}
+        buffers = [-1] * len(self.widths)
+        free: list[int] = []
+        count = 0
+        for step, form in enumerate(self.forms):
+            value = form["y"]
+            if value not in given:
+                if not free:
+                    free.append(count)
+                    count += 1
+                buffers[value] = free.pop()
+            for each in {form.get("x", -1), form.get("residual", -1), value}:
+                if each >= 0 and buffers[each] >= 0 and last_read.get(each, step) <= step:
+                    free.append(buffers[each])
+        return buffers
+
+    # -- what operands are --------------------------------------------------------------------------------------------
+
+    def _constant(self, value: Value | None) -> np.ndarray | None:
+        if value is None:
+            return None
+        _require(value.constant is not None)
+        return value.constant
+
+    def _numbers(self, value: Value | None) -> np.ndarray | None:
+        """A constant as float32."""
+        constant = self._constant(value)
+        return None if constant is None else np.ascontiguousarray(constant.astype(np.float32))
+
+    def _scalar(self, value: Value | None) -> float:
+        constant = self._constant(value)
+        if constant is None or constant.size != 1:
+            raise _CannotRun
+        return float(constant.astype(np.float32).reshape(()))
+
+    def _float(self, value: Value | None) -> int:
+        """The number of a value, which an input gets here."""
+        if value is None:
+            raise _CannotRun
+        if value not in self.values:
+            _require(value in self.inputs and value.type.dtype in _FLOATS and value.type.rank >= 1)
+            width = value.type.shape[-1]
+            if not isinstance(width, int):
+                raise _CannotRun
+            self.floats.append(self.inputs[value])
+            self.leading[value] = (self.inputs[value], value.type.rank - 1)
+            self._add(value, width)
+        return self.values[value]
+
+    def _add(self, value: Value, width: int) -> int:
+        self.values[value] = len(self.widths)
+        self.widths.append(width)
+        return self.values[value]
+
+    def _result(self, operation: Operation, like: Value, width: int) -> int:
+        self.leading[operation.results[0]] = self.leading[like]
+        return self._add(operation.results[0], width)
+
+    def _integer(self, value: Value | None, rank: int) -> int:
+        """The place of an int32 input among the program's integers."""
+        if value is None:
+            raise _CannotRun
+        _require(value in self.inputs and value.type.dtype == "i32" and value.type.rank == rank)
+        if self.inputs[value] not in self.integers:
+            self.integers.append(self.inputs[value])
+        return self.integers.index(self.inputs[value])
+
+    def _matrix(self, weight: Value | None, scale: Value | None, dtype: str, width: int) -> dict[str, Any]:
+        data, scales = self._constant(weight), self._numbers(scale)
+        if data is None:
+            raise _CannotRun
+        _require(data.ndim == 2 and data.shape[1] == ((width + 1) // 2 if dtype == "i4" else width))
+        _require(data.dtype == DTYPES["u8" if dtype == "i4" else dtype] and data.size > 0)
+        block, stride = 0, 0
+        if scales is not None and scales.ndim == 2:
+            stride = scales.shape[1]
+            _require(stride > 0 and width % stride == 0 and scales.shape[0] == len(data))
+            block = width // stride
+            _require(block % _LEAST_BLOCK == 0)
+        elif scales is not None and scales.ndim == 1:
+            _require(len(scales) == len(data))
+            stride = 1
+        return {
+            "dtype": dtype,
+            "rows": len(data),
+            "width": width,
+            "data": np.ascontiguousarray(data).view(np.uint8),
+            "scales": scales,
+            "scale_stride": stride,
+            "block": block,
+        }
+
+    # -- operations ---------------------------------------------------------------------------------------------------
+
+    def _layer_norm(self, operation: Operation) -> None:
+        x, result = operation.operands[0], operation.results[0]
+        number = self._float(x)
+        assert x is not None
+        width = self.widths[number]
+        readers = self.uses.get(result, [])
+        if len(readers) == 1 and readers[0] is not None and readers[0].kind == "linear":
+            self.norms[result] = operation
+            self.leading[result] = self.leading[x]
+            return
+        y = self._result(operation, x, width)
+        self.forms.append({"kind": "layer_norm", "x": number, "y": y, "width": width, **self._norm(operation)})
+
+    def _norm(self, operation: Operation) -> dict[str, Any]:
+        scale, bias = self._numbers(operation.operands[1]), self._numbers(operation.operands[2])
+        _require(scale is not None and bias is not None)
+        return {"norm_scale": scale, "norm_bias": bias, "epsilon": float(operation.attributes["epsilon"])}
+
+    def _linear(self, operation: Operation) -> None:
+        x, weight, weight_scale, bias, residual, pre_scale, input_scale = operation.operands
+        attributes = operation.attributes
+        width = attributes["width"]
+        form: dict[str, Any] = {"kind": "linear", "width": width, "activation": attributes["activation"]}
+        assert x is not None
+        if x in self.norms and x is not residual:
+            form |= self._norm(self.norms[x])
+            form["x"] = self._float(self.norms[x].operands[0])
+        else:
+            form["x"] = self._float(x)
+        _require(self.widths[form["x"]] == width)
+        form["weight"] = self._matrix(weight, weight_scale, attributes["weight_dtype"], width)
+        rows = form["weight"]["rows"]
+        form["bias"] = self._numbers(bias)
+        _require(form["bias"] is None or form["bias"].shape == (rows,))
+        form["pre_scale"] = self._numbers(pre_scale)
+        _require(form["pre_scale"] is None or form["pre_scale"].shape == (width,))
+        if attributes["input_dtype"] is not None:
+            form["input_rounding"] = attributes["input_dtype"]
+            if input_scale is None:
+                form["per_token"] = True
+            else:
+                form["input_scale"] = self._scalar(input_scale)
+        if residual is not None:
+            form["residual"] = self._float(residual)
+            # Broadcasts are the reference's business.
+            _require(self.widths[form["residual"]] == rows and self.leading[residual] == self.leading[x])
+        form["y"] = self._result(operation, x, rows)
+        self.forms.append(form)
+
+    def _embedding(self, operation: Operation) -> None:
+        idx, position, table, table_scale, position_table = operation.operands
+        attributes = operation.attributes
+        form: dict[str, Any] = {"kind": "embedding", "tokens": self._integer(idx, 2)}
+        assert idx is not None
+        if position is not None:
+            form["position"] = self._integer(position, 1)
+        form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], attributes["width"])
+        positions = self._constant(position_table)
+        if positions is None:
+            raise _CannotRun
+        dtype = next((name for name in _FLOATS if DTYPES[name] == positions.dtype), None)
+        if dtype is None:
+            raise _CannotRun
+        form["positions"] = self._matrix(position_table, None, dtype, attributes["width"])
+        self.leading[operation.results[0]] = (self.inputs[idx], 2)
+        form["y"] = self._add(operation.results[0], attributes["width"])
+        self.location = operation.location
+        self.forms.append(form)
+
+    def _last_rows(self, operation: Operation) -> None:
+        x, last = operation.operands
+        number = self._float(x)
+        assert x is not None
+        source, leading = self.leading[x]
+        _require(leading == 2)
+        form = {"kind": "last_rows", "x": number, "last": self._integer(last, 1)}
+        self.leading[operation.results[0]] = (source, 1)
+        form["y"] = self._add(operation.results[0], self.widths[number])
+        self.forms.append(form)
+
+    def _attention(self, operation: Operation) -> None:
+        qkv, cache, position, k_scale, v_scale = operation.operands
+        attributes = operation.attributes
+        heads, size = attributes["heads"], attributes["head_size"]
+        number = self._float(qkv)
+        assert qkv is not None
+        _require(self.widths[number] == 3 * heads * size and self.leading[qkv][1] == 2)
+        form: dict[str, Any] = {
+            "kind": "attention",
+            "x": number,
+            "heads": heads,
+            "head_size": size,
+            "score_scale": float(attributes["scale"]),
+            "layer": attributes["layer"],
+            "rounding": attributes["rounding"],
+        }
+        if attributes["rounding"] is not None:
+            form |= {"k_scale": self._scalar(k_scale), "v_scale": self._scalar(v_scale)}
+        if cache is not None:
+            form["position"] = self._integer(position, 1)
+            form["cache"] = self._cache(cache, position, qkv)
+            self.cache_of[operation.results[1]] = form["cache"]
+            self.newest[form["cache"]] = operation.results[1]
+        else:
+            _require(position is None)
+        form["y"] = self._result(operation, qkv, heads * size)
+        self.forms.append(form)
+
+    def _cache(self, cache: Value, position: Value | None, qkv: Value) -> int:
+        """The number of a cache, of which ``cache`` is the newest version and read here only."""
+        _require(len(self.uses.get(cache, [])) == 1)
+        if cache in self.cache_of:
+            number = self.cache_of[cache]
+            assert position is not None
+            _require(self.positions[number] == self.inputs[position] and self.lengths[number] == self._length(qkv))
+            return number
+        _require(cache in self.inputs and cache.type.rank == 6 and cache.type.is_static)
+        _require(cache.type.dtype in _CACHES)
+        assert position is not None
+        self.caches.append(self.inputs[cache])
+        self.positions.append(self.inputs[position])
+        self.lengths.append(self._length(qkv))
+        return len(self.caches) - 1
+
+    def _length(self, qkv: Value) -> tuple[int, int]:
+        return self.leading[qkv][0], self.leading[qkv][1] - 1
+
+
+def _uses(graph: Graph) -> dict[Value, list[Operation | None]]:
+    """Who reads each value, once for each operand; None where the caller gets it."""
+    uses: dict[Value, list[Operation | None]] = {}
+    for operation in graph.operations:
+        for operand in operation.operands:
+            if operand is not None:
+                uses.setdefault(operand, []).append(operation)
+    for output in graph.outputs:
+        uses.setdefault(output, []).append(None)
+    return uses

@@ -1,0 +1,53 @@
+"""The compiled module, where it was built; and the instruction set that it is told to use."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from typing import Any
+
+
+@functools.cache
+def load() -> Any | None:
+    """``nvtripy_portable._native``, or None where it was not built, which is said once on stderr."""
+    try:
+        from nvtripy_portable import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        print(
+            "nvtripy_portable: running on the slow path (NumPy), because the native executor cannot be loaded: "
+            f"{error}; portable/README.md says how to build it",
+            file=sys.stderr,
+        )
+        return None
+    threads = os.environ.get("NVTRIPY_PORTABLE_THREADS")
+    if threads:
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(f"expected NVTRIPY_PORTABLE_THREADS to be at least 1 but got {threads!r}")
+        _native.set_threads(int(threads))
+    return _native
+
+
+def isa() -> str:
+    """The instruction set that ``NVTRIPY_PORTABLE_ISA`` forces; empty for the best that the CPU has."""
+    return os.environ.get("NVTRIPY_PORTABLE_ISA", "")
+
+
+def set_threads(count: int) -> None:
+    """How many threads run a program from now on. Results do not depend on it.
+
+    Raises:
+        ValueError: less than one.
+    """
+    module = load()
+    if module is not None:
+        module.set_threads(count)
+
+
+def top_k(logits: Any, k: int) -> list[int] | None:
+    """Ids of the ``k`` largest of float32 logits (V,), in falling order, the lower id first among equals.
+
+    None where the native executor was not built.
+    """
+    module = load()
+    return None if module is None else module.top_k(logits, k)
