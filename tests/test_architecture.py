@@ -39,6 +39,8 @@ ROOMS = (
     "compiler",
     "passes",
     "rewrite",
+    "elements",
+    "inequalities",
     "executable",
     "cpu",
     "interpreter",

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 
 from nvtripy_portable.graph import Graph
-from nvtripy_portable.passes import fold_constants, merge_equal, quantized_weights
+from nvtripy_portable.passes import (
+    attention,
+    embedding,
+    fold_constants,
+    last_rows,
+    layer_norm,
+    linear,
+    merge_equal,
+    weights,
+)
 
-PASSES = (fold_constants.run, merge_equal.run, quantized_weights.run)
+PASSES = (
+    fold_constants.run,
+    merge_equal.run,
+    weights.run,
+    linear.run,
+    layer_norm.run,
+    attention.run,
+    embedding.run,
+    last_rows.run,
+    merge_equal.run,  # weights that two passes made rows of
+)
 
 
 def optimize(graph: Graph) -> None:
@@ -17,9 +39,13 @@ def optimize(graph: Graph) -> None:
         GraphError: an operation's operands contradict each other; the error says where.
     """
     sources = {id(_root(value)) for value in _constants(graph).values()}
+    wanted = os.environ.get("NVTRIPY_PORTABLE_PRINT_GRAPH", "")
     for run in PASSES:
         run(graph)
         graph.remove_dead_operations()
+        name = run.__module__.rpartition(".")[2]
+        if wanted in ("1", name):
+            print(f"--- after {name}\n{graph}", file=sys.stderr)
     _own_constants(graph, sources)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 
 from nvtripy_portable.graph import Graph, Operation, Value
 
-_SMALL_BYTES = 4096  # larger constants are weights, which hardly ever repeat and take time to compare
+_SMALL_BYTES = 4096  # larger constants are weights: they are equal if they are the same memory, seen the same way
 
 
 def run(graph: Graph) -> None:
@@ -34,7 +34,9 @@ def run(graph: Graph) -> None:
 def _keys(operation: Operation) -> list[Hashable]:
     if operation.kind == "constant":
         value = operation.attributes["value"]
-        return [("constant", value.dtype, value.shape, value.tobytes())] if value.nbytes <= _SMALL_BYTES else []
+        if value.nbytes <= _SMALL_BYTES:
+            return [("constant", value.dtype, value.shape, value.tobytes())]
+        return [("view", value.dtype, value.shape, value.strides, value.__array_interface__["data"][0])]
     operands = tuple(id(operand) if operand is not None else None for operand in operation.operands)
     keys: list[Hashable] = [(operation.kind, operands, tuple(operation.attributes.items()))]
     contents = operation.results[0].contents

@@ -1,0 +1,165 @@
+"""A ``linear`` operation takes in what stands around its product: scaling and rounding of the input, bias, activation,
+residual and casts.
+
+``activation(round(x * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from the inside
+out, what comes before it from the outside in, so that nothing changes places.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any as Anything
+
+import numpy as np
+
+from nvtripy_portable.fused import ROUNDINGS
+from nvtripy_portable.graph import Graph, Operation
+from nvtripy_portable.rewrite import (
+    Any,
+    Bound,
+    Cast,
+    Constant,
+    Either,
+    Number,
+    Op,
+    Rule,
+    apply,
+    as_vector,
+    binary,
+    constant,
+    is_float_cast,
+)
+
+_OPERANDS = ("x", "weight", "weight_scale", "bias", "residual", "pre_scale", "input_scale")
+
+
+def run(graph: Graph) -> None:
+    apply(graph, _RULES)
+
+
+def _with(linear: Operation, **changes: Anything) -> Operation:
+    """A linear operation with other operands or attributes."""
+    operands = [changes.pop(name, operand) for name, operand in zip(_OPERANDS, linear.operands, strict=True)]
+    return Operation("linear", operands, {**linear.attributes, **changes}, [])
+
+
+def _has(linear: Operation, *names: str) -> bool:
+    present = dict(zip(_OPERANDS, linear.operands, strict=True)) | linear.attributes
+    return any(present[name] is not None for name in names)
+
+
+# --- before the product -----------------------------------------------------------------------------------------------
+
+_WIDE, _SCALE = Any("x"), Any("scale")
+_LARGEST = Op("reduce", Op("unary", _WIDE, operation="kABS"), operation="kMAX", keep_dimensions=True)
+_SCALE_OF_TOKEN = binary("kMAX", binary("kDIV", _LARGEST, Number(127.0)), Number(1e-6), name="scale")
+_ROUNDED_BY_TOKEN = Op("quantize", binary("kDIV", _WIDE, _SCALE), Number(1.0), axis=None)
+_ROUNDED_BACK = Either(
+    Op("cast", _ROUNDED_BY_TOKEN, name="back"), Op("dequantize", _ROUNDED_BY_TOKEN, Number(1.0), name="back")
+)
+_BY_TOKEN = Cast(binary("kPROD", _ROUNDED_BACK, _SCALE_OF_TOKEN))
+
+
+def _input_cast(bound: Bound) -> list[Operation] | None:
+    linear = bound.operations["linear"]
+    return [_with(linear, x=bound.values["x"])] if is_float_cast(bound.operations["cast"], only_widening=True) else None
+
+
+def _rounding(bound: Bound) -> list[Operation] | None:
+    linear, dtype = bound.operations["linear"], bound.operations["quantize"].attributes["dtype"]
+    scale, back = bound.constant("scale"), bound.constant("back")
+    if _has(linear, "pre_scale", "input_dtype") or dtype not in ROUNDINGS or scale.size != 1 or scale != back:
+        return None
+    number = constant(scale.astype(np.float32).reshape(()))
+    return [number, _with(linear, x=bound.values["x"], input_dtype=dtype, input_scale=number.results[0])]
+
+
+def _rounding_by_token(bound: Bound) -> list[Operation] | None:
+    linear, dtype = bound.operations["linear"], bound.operations["quantize"].attributes["dtype"]
+    x, back = bound.values["x"], bound.operations["back"]
+    if _has(linear, "pre_scale", "input_dtype") or dtype not in ROUNDINGS or back.attributes["dtype"] != "f32":
+        return None
+    if bound.operations["reduce"].attributes["axes"] != (x.type.rank - 1,) or x.type.dtype != "f32":
+        return None
+    return [_with(linear, x=x, input_dtype=dtype)]
+
+
+def _pre_scale(bound: Bound) -> list[Operation] | None:
+    linear, x = bound.operations["linear"], bound.values["x"]
+    vector = as_vector(bound.values["by"], linear.attributes["width"])
+    if vector is None or _has(linear, "pre_scale") or x.type.shape != bound.values["scaled"].type.shape:
+        return None
+    by = constant(vector)
+    return [by, _with(linear, x=x, pre_scale=by.results[0])]
+
+
+# --- after the product ------------------------------------------------------------------------------------------------
+
+
+def _bias(bound: Bound) -> list[Operation] | None:
+    linear = bound.operations["linear"]
+    vector = as_vector(bound.values["bias"], linear.results[0].type.shape[-1])
+    if vector is None or _has(linear, "bias", "activation", "residual"):
+        return None
+    bias = constant(vector)
+    return [bias, _with(linear, bias=bias.results[0])]
+
+
+def _activation(name: str, bound: Bound) -> list[Operation] | None:
+    linear = bound.operations["linear"]
+    return None if _has(linear, "activation", "residual") else [_with(linear, activation=name)]
+
+
+def _residual(bound: Bound) -> list[Operation] | None:
+    linear, residual = bound.operations["linear"], bound.values["residual"]
+    shape = linear.results[0].type.shape
+    if _has(linear, "residual") or residual.type.shape != shape or None in shape:
+        return None
+    return [_with(linear, residual=residual)]
+
+
+def _output_cast(bound: Bound) -> list[Operation] | None:
+    cast = bound.operations["cast"]
+    return [_with(bound.operations["linear"], dtype=cast.attributes["dtype"])] if is_float_cast(cast) else None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+_LINEAR = Op("linear", name="linear")
+_QUANTIZED = Op("quantize", Any("x"), Constant("scale"), axis=None)
+_SCALED = binary("kPROD", Any("x"), Constant("by"), name="scaled")
+
+_BEFORE = (
+    Rule("input as it is", Op("linear", Op("cast", Any("x"))), _input_cast),
+    Rule("rounded input", Op("linear", Cast(Op("dequantize", _QUANTIZED, Constant("back"), axis=None))), _rounding),
+    Rule("input rounded token by token", Op("linear", _BY_TOKEN), _rounding_by_token),
+    Rule("scaled input", Op("linear", Cast(_SCALED)), _pre_scale),
+)
+
+_WIDE_Y = Cast(_LINEAR)
+_CUBE = binary("kPROD", binary("kPROD", _WIDE_Y, _WIDE_Y), _WIDE_Y)
+_INNER = binary("kPROD", binary("kSUM", binary("kPROD", _CUBE, Number(0.044715)), _WIDE_Y), Number(math.sqrt(2 / math.pi)))
+_TANH = Op("activation", _INNER, operation="kTANH")
+_HALVES = binary("kPROD", binary("kPROD", binary("kSUM", _TANH, Number(1.0)), _WIDE_Y), Number(0.5))
+
+_AFTER_ACTIVATIONS = {
+    "relu": Op("activation", _LINEAR, operation="kRELU"),
+    "gelu_erf": Op("activation", _LINEAR, operation="kGELU_ERF"),
+    "gelu_tanh": Op("activation", _LINEAR, operation="kGELU_TANH"),
+    "gelu_tanh, spelled out": _HALVES,
+    "silu": binary("kPROD", Op("activation", _LINEAR, operation="kSIGMOID"), _LINEAR),
+}
+
+_AFTER = (
+    Rule("bias", binary("kSUM", _LINEAR, Constant("bias")), _bias, exclusive=True),
+    *(
+        Rule(name, pattern, functools.partial(_activation, name.partition(",")[0]), exclusive=True)
+        for name, pattern in _AFTER_ACTIVATIONS.items()
+    ),
+    Rule("residual", Op("element_wise", _LINEAR, Any("residual"), operation="kSUM"), _residual, exclusive=True),
+    Rule("residual before", Op("element_wise", Any("residual"), _LINEAR, operation="kSUM"), _residual, exclusive=True),
+    Rule("result in another type", Op("cast", _LINEAR), _output_cast, exclusive=True),
+)
+
+_RULES = (*_BEFORE, *_AFTER)
