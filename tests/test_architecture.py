@@ -52,6 +52,8 @@ ROOMS = (
     "packing",
     "dims",
 )
+#: The compiled module, which only this room knows.
+COMPILED = {"cpu": "_native"}
 #: Outside the house: they make `import nvtripy` find it, and import none of its rooms.
 DOOR = ("__init__", "__main__", "importing", "stack_info")
 
@@ -158,7 +160,7 @@ def test_rooms_import_only_what_is_below_them(file: Path) -> None:
     room = room_of(file)
     allowed = DOOR if room in DOOR else ROOMS[ROOMS.index(room) :]
     for imported, line in rooms_imported(file).items():
-        assert imported in allowed, f"{file.relative_to(ROOT)}:{line}: {room} must not know {imported}"
+        assert imported in allowed or imported == COMPILED.get(room), f"{file.relative_to(ROOT)}:{line}: {room} must not know {imported}"
 
 
 @pytest.mark.parametrize("file", portable_files(), ids=lambda file: str(file.relative_to(PORTABLE)))

@@ -141,7 +141,8 @@ class _Lowering:
         """For each value the number of its buffer: one is free again after its value was read for the last time."""
         given = {self.values[value] for value in outputs}
         given |= {self.values[self.graph.inputs[each].value] for each in self.floats}
-        last_read = {form[key]: step for step, form in enumerate(self.forms) for key in ("x", "residual") if key in form}
+        reads = [(form[key], step) for step, form in enumerate(self.forms) for key in ("x", "residual") if key in form]
+        last_read = dict(reads)  # the last of each
         buffers = [-1] * len(self.widths)
         free: list[int] = []
         count = 0

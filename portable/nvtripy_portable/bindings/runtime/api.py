@@ -96,7 +96,7 @@ class CacheMemRef:
         return np.array(self.array, dtype=dtype, copy=copy)
 
     def __buffer__(self, flags: int) -> memoryview:
-        return memoryview(self.array)
+        return memoryview(self.array)  # type: ignore[arg-type]
 
     def __dlpack__(self, **arguments: Any) -> Any:
         return dlpack.to_capsule(self.array, DTYPE_NAMES[self.version.dtype])
@@ -238,8 +238,9 @@ def _check_inputs(inputs: Sequence[Input], arrays: Sequence[np.ndarray | Version
             )
         if entry.value_bounds is not None:
             least, greatest = entry.value_bounds.min[0], entry.value_bounds.max[0]
-            if array.ndim or not least <= int(array) <= greatest:
-                got = f"shape {list(array.shape)}" if array.ndim else int(array)
+            number = None if array.ndim else int(array if isinstance(array, np.ndarray) else array.copy())
+            if number is None or not least <= number <= greatest:
+                got = f"shape {list(array.shape)}" if number is None else number
                 raise MTRTException(f"{entry.name}: expected a value within [{least}, {greatest}] but got {got}")
             after_dimension = True
             continue

@@ -1,0 +1,263 @@
+"""Every kernel against its meaning in fused.py, on fresh random inputs, on every instruction set that the CPU has."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from fused_graphs import WEIGHT_DTYPES, Shape, add_input, constant, linear_graph, model_graph, random_weight
+
+from nvtripy_portable import interpreter
+from nvtripy_portable.cpu.executor import Executor
+from nvtripy_portable.graph import DTYPES, Graph, Operation, TensorType
+from nvtripy_portable.plan import Plan
+
+native = pytest.importorskip("nvtripy_portable._native", reason="the native executor is not built")
+
+ISAS = native.available_isas()
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64)
+
+#: Float32 sums in another order: some last places of the largest term.
+EXACT = {"rtol": 2e-5, "atol": 2e-5}
+#: int8 and int4 weights meet inputs rounded to 16 bits of the largest among 128: 2^-16 of it for each, which add up as
+#: errors do, to well under 1e-4 of results around 1.
+SIXTEEN_BITS = {"rtol": 2e-4, "atol": 2e-4}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("NVTRIPY_PORTABLE_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    before = native.threads()
+    yield
+    native.set_threads(before)
+
+
+def both(graph: Graph, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What the native executor gives, the same on one, two and three threads, and what the reference gives."""
+    executor = Executor.of(graph)
+    assert executor is not None
+    results = []
+    for count in (1, 2, 3):
+        native.set_threads(count)
+        results.append([np.asarray(each if isinstance(each, np.ndarray) else each.copy()) for each in executor.run(inputs)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a.tobytes() == b.tobytes(), "the result depends on the number of threads"
+    return results[0], interpreter.run(Plan(graph), inputs)
+
+
+def check(graph: Graph, inputs: list[np.ndarray], tolerance: dict[str, float]) -> None:
+    for ours, expected in zip(*both(graph, inputs), strict=True):
+        assert ours.shape == expected.shape and ours.dtype == expected.dtype
+        np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), **tolerance)
+
+
+def tolerance_of(weight_dtype: str) -> dict[str, float]:
+    return SIXTEEN_BITS if weight_dtype in ("i8", "i4") else EXACT
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
+def test_products(isa: str, weight_dtype: str, tokens: int) -> None:
+    random = np.random.default_rng([tokens, *weight_dtype.encode()])
+    for rows, width in ((1, 1), (3, 17), (13, 130), (50, 256), (30, 771), (7, 1600)):
+        for scales in ("none", "scalar", "rows"):
+            weight, scale = random_weight(random, weight_dtype, rows, width, scales)
+            x = random.standard_normal((1, tokens, width)).astype(np.float32)
+            if scale is None and weight_dtype in ("i8", "i4", "f8e4m3fn"):
+                x /= 64 if weight_dtype != "i4" else 4
+            check(linear_graph(weight, scale, weight_dtype, width), [x], tolerance_of(weight_dtype))
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 4, 5, 17))
+@pytest.mark.parametrize("block", (32, 64, 96, 128, 160, 256))
+@pytest.mark.parametrize("weight_dtype", ("i8", "i4", "f8e4m3fn", "f16"))
+def test_scales_of_blocks(isa: str, weight_dtype: str, block: int, tokens: int) -> None:
+    random = np.random.default_rng([tokens, block, *weight_dtype.encode()])
+    for rows, blocks in ((1, 1), (9, 3), (26, 7)):
+        width = block * blocks
+        weight, scale = random_weight(random, weight_dtype, rows, width, str(block))
+        x = random.standard_normal((1, tokens, width)).astype(np.float32)
+        if weight_dtype == "f16":
+            weight = (weight * np.float16(16)).astype(np.float16)
+        check(linear_graph(weight, scale, weight_dtype, width), [x], tolerance_of(weight_dtype))
+
+
+@pytest.mark.parametrize("tokens", (1, 3, 6, 17))
+@pytest.mark.parametrize("weight_dtype", ("f16", "i8", "i4", "f8e4m3fn"))
+@pytest.mark.parametrize("input_dtype", (None, "i8", "f8e4m3fn"))
+def test_inputs_are_scaled_and_rounded(isa: str, weight_dtype: str, input_dtype: str | None, tokens: int) -> None:
+    random = np.random.default_rng([tokens, *weight_dtype.encode(), *(input_dtype or "").encode()])
+    for rows, width in ((5, 33), (40, 384)):
+        for per_token in (False, True):
+            weight, scale = random_weight(random, weight_dtype, rows, width, "rows")
+            x = (3 * random.standard_normal((1, tokens, width))).astype(np.float32)
+            x[0, 0, 0] = 1e4  # beyond what the scale can hold
+            x[0, -1] *= 1e-9  # next to nothing
+            graph = linear_graph(
+                weight,
+                scale,
+                weight_dtype,
+                width,
+                pre_scale=random.uniform(0.5, 2, width).astype(np.float32),
+                input_dtype=input_dtype,
+                input_scale=None if per_token or input_dtype is None else np.array(0.04, np.float32),
+            )
+            ours, expected = (each[0] for each in both(graph, [x]))
+            # A product of the pre-scale that falls between two steps may be rounded to either by a last place.
+            largest = np.abs(expected).max(axis=-1, keepdims=True)
+            assert (np.abs(ours - expected) <= 3e-4 * largest + 1e-6).all()
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 9))
+@pytest.mark.parametrize("activation", (None, "gelu_tanh", "gelu_erf", "relu", "silu"))
+def test_what_follows_a_product(isa: str, activation: str | None, tokens: int) -> None:
+    random = np.random.default_rng(tokens)
+    for rows, width in ((1, 5), (37, 64)):
+        weight, scale = random_weight(random, "f32", rows, width, "none")
+        bias = (4 * random.standard_normal(rows)).astype(np.float32)
+        norm = (random.standard_normal(width).astype(np.float32), random.standard_normal(width).astype(np.float32))
+        x = (1 + random.standard_normal((1, tokens, width))).astype(np.float32)
+        for arguments in ({}, {"bias": bias}, {"bias": bias, "has_residual": True, "norm": norm}):
+            graph = linear_graph(weight, scale, "f32", width, activation=activation, **arguments)
+            check(graph, [x], EXACT)
+
+
+def test_gelu_far_from_zero(isa: str) -> None:
+    x = np.concatenate((-np.geomspace(1e-6, 300, 100), np.geomspace(1e-6, 300, 100)))
+    for activation in ("gelu_tanh", "gelu_erf", "silu", "relu"):
+        graph = linear_graph(np.ones((1, 1), np.float32), None, "f32", 1, activation=activation)
+        check(graph, [x.astype(np.float32).reshape(1, -1, 1)], {"rtol": 1e-5, "atol": 1e-6})
+
+
+def test_every_float8(isa: str) -> None:
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    for tokens in (1, 5):
+        weight = codes.reshape(256, 1)
+        graph = linear_graph(weight, None, "f8e4m3fn", 1)
+        ours, expected = both(graph, [np.ones((1, tokens, 1), np.float32)])
+        np.testing.assert_array_equal(ours[0], expected[0])
+        assert np.isnan(ours[0]).sum() == 2 * tokens
+
+
+def test_what_is_not_finite_stays_so(isa: str) -> None:
+    random = np.random.default_rng(0)
+    for weight_dtype in WEIGHT_DTYPES:
+        weight, scale = random_weight(random, weight_dtype, 6, 300, "rows")
+        for tokens in (2, 6):
+            x = random.standard_normal((1, tokens, 300)).astype(np.float32)
+            x[0, 1, 7] = np.nan
+            ours, expected = both(linear_graph(weight, scale, weight_dtype, 300), [x])
+            assert (np.isnan(ours[0]) == np.isnan(expected[0])).all()
+
+
+@pytest.mark.parametrize("width", (1, 3, 16, 33, 768))
+def test_layer_norm(isa: str, width: int) -> None:
+    random = np.random.default_rng(width)
+    graph = Graph()
+    x = add_input(graph, "x", "f16", (None, width))
+    operands = [x, *(constant(graph, random.standard_normal(width).astype(np.float32)) for _ in range(2))]
+    type = TensorType("f16", x.type.shape)
+    attributes = {"epsilon": 1e-5, "dtype": "f16"}
+    graph.outputs = [graph.add(Operation("layer_norm", operands, attributes, [type])).results[0]]
+    for rows in (1, 2, 9, 64):
+        check(graph, [(5 + random.standard_normal((rows, width))).astype(np.float16)], {"rtol": 2e-3, "atol": 2e-3})
+
+
+@pytest.mark.parametrize("tables", WEIGHT_DTYPES)
+def test_embedding_takes_indices_as_numpy_does(isa: str, tables: str) -> None:
+    random = np.random.default_rng(1)
+    for width in (1, 31, 64):
+        graph = Graph()
+        idx, position = add_input(graph, "idx", "i32", (2, None)), add_input(graph, "position", "i32", (2,))
+        weight, scale = random_weight(random, tables, 11, width, "rows")
+        positions = random.standard_normal((20, width)).astype(ml_dtypes.bfloat16)
+        operands = [idx, position, *(constant(graph, each) for each in (weight, scale, positions))]
+        attributes = {"weight_dtype": tables, "width": width, "dtype": "f32"}
+        type = TensorType("f32", (*idx.type.shape, width))
+        graph.outputs = [graph.add(Operation("embedding", operands, attributes, [type])).results[0]]
+        ids = np.array([[0, 10, -1, -11, 5], [1, 2, 3, 4, 5]], np.int32)
+        check(graph, [ids, np.array([15, -5], np.int32)], EXACT)
+        check(graph, [ids[:, :1], np.array([19, 0], np.int32)], EXACT)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [("f32", None), ("f16", None), ("bf16", None), ("i8", "i8"), ("f16", "i8"), ("f16", "f8e4m3fn"), ("f32", "f8e4m3fn")],
+)
+def test_attention_over_a_cache(isa: str, dtype: str, rounding: str | None, tokens: int) -> None:
+    random = np.random.default_rng([tokens, *dtype.encode()])
+    for heads, size, context in ((1, 3, 70), (3, 16, 600), (2, 64, 300), (1, 80, 130)):
+        graph = Graph()
+        qkv = add_input(graph, "qkv", "f32", (2, None, 3 * heads * size))
+        position = add_input(graph, "position", "i32", (2,))
+        cache = add_input(graph, "cache", dtype, (2, 2, 2, heads, context, size))
+        scales = [constant(graph, np.array(each, np.float32)) if rounding else None for each in (0.03, 0.05)]
+        attributes = {
+            "heads": heads,
+            "head_size": size,
+            "scale": size**-0.5,
+            "layer": 1,
+            "rounding": rounding,
+            "dtype": "f32",
+        }
+        types = [TensorType("f32", (*qkv.type.shape[:2], heads * size)), cache.type]
+        operation = graph.add(Operation("attention", [qkv, cache, position, *scales], attributes, types))
+        graph.outputs = operation.results
+        before = 100 * random.standard_normal(cache.type.shape) if rounding == "i8" else random.standard_normal(cache.type.shape)
+        before = before.astype(np.float32).clip(-127, 127).astype(DTYPES[dtype])
+        x = random.standard_normal((2, tokens, 3 * heads * size)).astype(np.float32)
+        for position_of in ((0, context - tokens), (min(257, context - tokens), 5), (context - 1, -1)):
+            ours, expected = both(graph, [x, np.array(position_of, np.int32), before])
+            np.testing.assert_array_equal(ours[1].astype(np.float32), expected[1].astype(np.float32))
+            np.testing.assert_allclose(ours[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounding", (None, "i8", "f8e4m3fn"))
+def test_attention_without_a_cache(isa: str, rounding: str | None) -> None:
+    random = np.random.default_rng(3)
+    for tokens in (1, 2, 5, 64, 300):
+        graph = Graph()
+        qkv = add_input(graph, "qkv", "f32", (2, None, 3 * 24))
+        scales = [constant(graph, np.array(each, np.float32)) if rounding else None for each in (0.03, 0.05)]
+        attributes = {"heads": 3, "head_size": 8, "scale": 0.3, "layer": 0, "rounding": rounding, "dtype": "f32"}
+        type = TensorType("f32", (*qkv.type.shape[:2], 24))
+        operands = [qkv, None, None, *scales]
+        graph.outputs = [graph.add(Operation("attention", operands, attributes, [type])).results[0]]
+        check(graph, [random.standard_normal((2, tokens, 72)).astype(np.float32)], {"rtol": 1e-4, "atol": 1e-4})
+
+
+def test_the_whole_model_on_every_instruction_set(isa: str) -> None:
+    shape = Shape(batch=2)
+    graph = model_graph(shape, cache_dtype=None)
+    ids = np.random.default_rng(0).integers(0, shape.vocabulary, (2, 20)).astype(np.int32)
+    check(graph, [ids], {"rtol": 1e-4, "atol": 1e-4})
+
+
+def test_top_k() -> None:
+    random = np.random.default_rng(5)
+    for count in (1, 5, 127, 128, 129, 50257):
+        for k in (1, 2, 5, 40, 500):
+            logits = random.integers(0, 50, count).astype(np.float32)  # with many equals
+            assert native.top_k(logits, k) == list(np.argsort(-logits, kind="stable")[:k])
+
+
+def test_copies_leave_out_zeros() -> None:
+    random = np.random.default_rng(6)
+    for count in (1, 4095, 4096, 4097, 50000):
+        source = random.integers(0, 255, count).astype(np.uint8)
+        source[: count // 2] = 0
+        target = np.zeros_like(source)
+        native.copy_nonzero(target, source)
+        np.testing.assert_array_equal(target, source)
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"expected NVTRIPY_PORTABLE_ISA to be one of .* but got 'sse9'"):
+        native.kernels_for("sse9")
