@@ -18,6 +18,7 @@ import nvtripy as tp
 
 import model as model_module
 from model import GPT, GPTConfig
+from nvtripy_portable import engine_file
 from weight_loader import Checkpoint
 
 
@@ -203,7 +204,7 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
     Raises:
         Exception: of any kind, if the file holds anything else, or an executable for other inputs.
     """
-    executable = tp.Executable.load(str(path))
+    executable = engine_file.load(path)
     if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != _inputs(config, batch):
         raise ValueError("it holds something else")
     return executable
@@ -236,7 +237,7 @@ def _save(executable: tp.Executable, path: Path) -> None:
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
-        executable.save(partial)
+        engine_file.save(executable, partial)
         os.replace(partial, path)
     except OSError as error:
         raise EngineError(f"cannot save the engine to {path}: {error.strerror}") from None

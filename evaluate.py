@@ -546,14 +546,13 @@ class Speed:
     peak_memory_bytes: int
 
 
-def measure_speed(engine_file: str, config: GPTConfig, prompt: list[int], new_tokens: int, runs: int) -> Speed:
+def measure_speed(saved_engine: str, config: GPTConfig, prompt: list[int], new_tokens: int, runs: int) -> Speed:
     """Generates from a saved engine, with sampling as example.py does it. For a process of its own."""
-    import nvtripy as tp
-
     from engine import Engine
     from generation import Sampler, generate
+    from nvtripy_portable import engine_file
 
-    engine = Engine(tp.Executable.load(engine_file), config, 1)
+    engine = Engine(engine_file.load(saved_engine), config, 1)
     rates, firsts = [], []
     for run in range(runs + 1):  # the first one warms up
         started = time.perf_counter()
@@ -706,6 +705,7 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, ids: np.ndarray, settings
     import nvtripy as tp
 
     from engine import compile_model, config_of, load_model
+    from nvtripy_portable import engine_file
 
     config = config_of(checkpoint, variant.dtype)
     try:
@@ -714,7 +714,7 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, ids: np.ndarray, settings
             executable = compile_model(gpt, 1)
             memory = compiled_weight_bytes(executable, checkpoint.config)
             file = str(Path(folder) / "engine")
-            executable.save(file)
+            engine_file.save(executable, file)
             del executable
             prompt = ids[: settings.prompt_tokens].tolist()
             speed = run_apart(measure_speed, file, config, prompt, settings.new_tokens, settings.runs)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import nvtripy as tp
@@ -20,6 +21,7 @@ from tiny_checkpoints import CONTEXT, edit_config, random_checkpoint
 import engine as engine_module
 from engine import Engine, EngineError, open_engine
 from model import GPT
+from nvtripy_portable import engine_file
 from weight_loader import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +87,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Compilations:
 def instant(compilations: Compilations, saved: Path) -> Compilations:
     """For tests of when an engine is built, not of what it gives: compiling would only take time."""
     (path,) = engines(saved)
-    compilations.result = tp.Executable.load(str(path))
+    compilations.result = engine_file.load(path)
     return compilations
 
 
@@ -204,6 +206,15 @@ def executable_of_another_function(path: Path) -> None:
     tp.compile(lambda x: x + x, args=[tp.InputInfo((2,), dtype=tp.float32)]).save(str(path))
 
 
+def in_nvtripys_format(path: Path) -> dict[str, Any]:
+    """What nvtripy itself would have written, as JSON."""
+    plain = path.with_suffix(".json")
+    engine_file.load(path).save(str(plain))
+    content = json.loads(plain.read_text())
+    plain.unlink()
+    return content
+
+
 def flip(share: float) -> Callable[[Path], None]:
     """Changes one character, so far into the file."""
 
@@ -237,12 +248,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "unknown class": lambda path: path.write_text('{"tripy_class": "os.system"}'),
     "another class": lambda path: path.write_text('{"tripy_class": "Tensor", "data": 1}'),
     "executable without a body": lambda path: path.write_text('{"tripy_class": "Executable"}'),
-    "executable of nothing": lambda path: path.write_text(
-        json.dumps({**json.loads(path.read_text()), "executable": ""})
-    ),
+    "executable of nothing": lambda path: path.write_text(json.dumps({**in_nvtripys_format(path), "executable": ""})),
     "executable of text": lambda path: path.write_text(
-        json.dumps({**json.loads(path.read_text()), "executable": "nothing that base64 knows"})
+        json.dumps({**in_nvtripys_format(path), "executable": "nothing that base64 knows"})
     ),
+    "constants cut by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "constants cut off": lambda path: os.truncate(path, path.read_bytes().rindex(b"}") + 1),
     "executable of another function": executable_of_another_function,
     "pickle": pickle_that_leaves_a_trace,
 }
@@ -318,6 +329,7 @@ def test_failed_save_leaves_nothing(
 BUILD = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, sys.argv[1])
 place, moment = Path(sys.argv[2]), sys.argv[3]
 import nvtripy as tp

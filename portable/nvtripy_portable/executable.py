@@ -2,18 +2,19 @@
 
 The file holds nothing but data. Layout: the magic, the length of the header and its SHA-256 (so that a damaged file is
 refused before anything is built from it), the header (JSON: producer, inputs, operations, outputs), then the constants'
-bytes, each at a multiple of 64. Like a TensorRT engine, it is for the code that made it: another version of this
-package refuses it.
+bytes, each at a multiple of 64. They can also be kept apart, to be mapped into memory (:func:`constants_apart`). Like a
+TensorRT engine, it is for the code that made it: another version of this package refuses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,24 +67,46 @@ class Executable:
         return [*interpreter.run(self._runner, arrays)]
 
     def serialize(self) -> bytes:
-        """The executable as bytes for :func:`deserialize`."""
-        chunks: list[bytes] = []
+        """The executable as bytes for :func:`deserialize`; within :func:`constants_apart` without its constants."""
+        chunks: list[memoryview] = [] if _apart is None else _apart
         offset = 0
 
         def store(value: np.ndarray) -> dict[str, Any]:
             nonlocal offset
             data = _pack(value)
             padding = -offset % _ALIGNMENT
-            chunks.extend((b"\0" * padding, data))
+            chunks.extend((memoryview(bytes(padding)), data))
             offset += padding
             entry = {"dtype": DTYPE_NAMES[value.dtype], "shape": value.shape, "offset": offset, "bytes": len(data)}
             offset += len(data)
             return entry
 
-        header = json.dumps(_encode(self.graph, store), separators=(",", ":")).encode()
-        start = _PREFIX.size + len(header)
+        encoded = _encode(self.graph, store)
+        if _apart is not None:
+            encoded["bytes_apart"] = offset
+        header = json.dumps(encoded, separators=(",", ":")).encode()
         prefix = _PREFIX.pack(_MAGIC, len(header), hashlib.sha256(header).digest())
-        return b"".join((prefix, header, b"\0" * (-start % _ALIGNMENT), *chunks))
+        if _apart is not None:
+            return prefix + header
+        return b"".join((prefix, header, bytes(-(_PREFIX.size + len(header)) % _ALIGNMENT), *chunks))
+
+
+_apart: Any = None  # where constants go, or come from, while `constants_apart` is in force
+
+
+@contextlib.contextmanager
+def constants_apart(constants: memoryview | None = None) -> Iterator[list[memoryview]]:
+    """Within it, what is serialized leaves its constants in the list that this gives, and what is deserialized finds
+    them in ``constants``.
+
+    It holds for the whole process, as nvtripy's own saving and loading do not say for which executable they ask.
+    """
+    global _apart
+    before, _apart = _apart, [] if constants is None else constants
+    try:
+        yield _apart
+    finally:
+        _apart = before
 
 
 def deserialize(data: bytes) -> Executable:
@@ -103,14 +126,21 @@ def deserialize(data: bytes) -> Executable:
     start = _PREFIX.size + length
     constants = memoryview(data)[start + (-start % _ALIGNMENT) :]
     try:
-        return Executable(_decode(json.loads(header), constants))
+        decoded = json.loads(header)
+        if "bytes_apart" in decoded:
+            constants = _apart if isinstance(_apart, memoryview) else memoryview(b"")
+            if len(constants) != decoded["bytes_apart"]:
+                size = decoded["bytes_apart"]
+                raise FormatError(f"expected {size} bytes of constants beside it but got {len(constants)}")
+        return Executable(_decode(decoded, constants))
     except _NONSENSE as error:
         raise FormatError(f"the executable's header makes no sense: {error!r}") from None
 
 
-def _pack(value: np.ndarray) -> bytes:
-    """Little-endian bytes in row-major order; int4 two elements a byte."""
-    return (pack_int4(value.reshape(-1)) if value.dtype == ml_dtypes.int4 else value).tobytes()
+def _pack(value: np.ndarray) -> memoryview:
+    """Little-endian bytes in row-major order, where possible those of the array itself; int4 two elements a byte."""
+    packed = pack_int4(value.reshape(-1)) if value.dtype == ml_dtypes.int4 else np.ascontiguousarray(value)
+    return packed.reshape(-1).view(np.uint8).data
 
 
 def _unpack(data: memoryview, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
