@@ -275,7 +275,9 @@ class Elements:
             return source, tuple(add(int(first), multiply(int(by), at)) for first, by, at in pairs)
         if operation.kind == "broadcast":
             at = tuple(index[target] for target in operation.attributes["broadcast_dims"])
-            at_source = _at_ones(source.type.shape, at, [value.type.shape[i] for i in operation.attributes["broadcast_dims"]])
+            at_source = _at_ones(
+                source.type.shape, at, [value.type.shape[i] for i in operation.attributes["broadcast_dims"]]
+            )
             return None if at_source is None else (source, at_source)
         if operation.kind == "concatenation":
             return _part(operation, index)

@@ -126,7 +126,9 @@ def embedding(
     """
     flat = idx.reshape(-1)
     scale = reference.gather(table_scale, flat, axis=0) if table_scale is not None and table_scale.ndim else table_scale
-    rows = reference.widened_rows(reference.gather(table, flat, axis=0), scale, weight_dtype, width).reshape(*idx.shape, width)
+    rows = reference.widened_rows(reference.gather(table, flat, axis=0), scale, weight_dtype, width).reshape(
+        *idx.shape, width
+    )
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
     positions = steps if position is None else position.astype(np.int64)[:, None] + steps
     return reference.cast(rows + _wide(reference.gather(position_table, positions, axis=0)), dtype=dtype)
