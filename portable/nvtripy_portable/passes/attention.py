@@ -216,7 +216,8 @@ def _is_minus_infinity(value: Value) -> bool:
 def _unscaled(element: Element) -> tuple[Element, float]:
     factor = 1.0
     while isinstance(element, Scaled):
-        element, factor = element.element, factor * element.factor
+        factor *= element.factor
+        element = element.element
     return element, factor
 
 
@@ -228,7 +229,7 @@ def _scaled_rows(element: Element, half: int, frame: _Frame, elements: Elements)
 
 
 def _rows(element: Element, half: int, frame: _Frame, elements: Elements) -> _Rows | None:
-    """Keys or values at (b, h, c, d) as a cache would hold them: this call's own, or those in their slots of a cache."""
+    """Keys or values at (b, h, c, d) as a cache would hold them: this call's own, or those in their slots of it."""
     b, h, _, c, d = frame.indices
     heads, length, head_size = frame.sizes[1], frame.sizes[2], frame.sizes[4]
     assert isinstance(heads, int) and isinstance(head_size, int) and length is not None  # as its caller has seen

@@ -1,8 +1,8 @@
 """A ``linear`` operation takes in what stands around its product: scaling and rounding of the input, bias, activation,
 residual and casts.
 
-``activation(round(x * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from the inside
-out, what comes before it from the outside in, so that nothing changes places.
+``activation(round(x * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from the
+inside out, what comes before it from the outside in, so that nothing changes places.
 """
 
 from __future__ import annotations
