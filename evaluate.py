@@ -488,50 +488,29 @@ def compiled_weight_bytes(executable: tp.Executable, config: CheckpointConfig) -
         graph = deserialize(executable.serialized_tensorrt_engine).graph
     except FormatError:
         return WeightBytes()
-    sizes = _linear_layers(config)
-    total = sum(_constant_bytes(operation.results[0]) for operation in graph.operations if operation.kind == "constant")
-    # What follows goes by what operations read, not by their names, which the runtime may change at any time: a linear
-    # layer is what has a constant matrix and, unlike the embedding's look-up, no integers to look up with. The blocks'
-    # layers come in the order of the data, the head last.
-    products = []
-    for operation in graph.operations:
-        constants = [operand for operand in operation.operands if operand is not None and operand.constant is not None]
-        others = [operand for operand in operation.operands if operand is not None and operand.constant is None]
-        matrices = [value for value in constants if _num_weights(value) >= min(sizes.values())]
-        if matrices and others and not any(value.type.dtype in ("i32", "i64") for value in others):
-            products.append((matrices[0], constants[constants.index(matrices[0]) + 1 :]))
-    layers = products[: len(sizes)]
-    if [_num_weights(weight) for weight, _ in layers] != list(sizes.values()):
-        return WeightBytes(total)
-    head = products[len(sizes) :]
-    if head and _is_narrow(head[0][0]):
-        layers.append(head[0])
-    counted = {weight: _constant_bytes(weight) for weight, _ in layers}
-    for weight, rest in layers:
-        if not _is_narrow(weight):
-            continue  # all that follows is the bias
-        # The scale follows its weight. Then come the bias, the one vector that is not counted, and the input's scales.
-        counted.update({value: _constant_bytes(value) for value in rest[:1]})
-        vectors = [value for value in rest[1:] if value.type.rank == 1]
-        counted.update({value: _constant_bytes(value) for value in rest[1:] if value not in vectors[:1]})
-    return WeightBytes(total, sum(counted.values()), sum(_num_weights(weight) for weight, _ in layers))
+    constants = [operation.results[0] for operation in graph.operations if operation.kind == "constant"]
+    total = sum(map(_constant_bytes, constants))
+    sizes = list(_linear_layers(config).values())
+    layers = [operation for operation in graph.operations if operation.kind == "linear"]
+    if [_num_weights(layer) for layer in layers[: len(sizes)]] != sizes:
+        return WeightBytes(total)  # the runtime has left some layers in pieces
+    # The blocks' layers come in the order of the data, the head last. It counts if it is quantized.
+    layers = [layer for place, layer in enumerate(layers) if place < len(sizes) or layer.operands[2] is not None]
+    counted = set()
+    for layer in layers:
+        _, weight, weight_scale, _, _, pre_scale, input_scale = layer.operands
+        counted.update({weight, weight_scale, pre_scale, input_scale} - {None})
+    return WeightBytes(total, sum(map(_constant_bytes, counted)), sum(map(_num_weights, layers)))
 
 
-def _num_weights(value: Any) -> int:
-    """How many weights a constant matrix holds: u8 is int4, two a byte. 0 of vectors, of integers and of masks."""
-    shape = [dim for dim in value.type.shape if dim != 1]
-    if len(shape) != 2 or value.type.dtype in ("i32", "i64", "i1"):
-        return 0
-    return math.prod(shape) * (2 if value.type.dtype == "u8" else 1)
+def _num_weights(linear: Any) -> int:
+    """How many weights a linear layer of the compiled graph has: rows, one an output feature, of its width."""
+    return linear.operands[1].type.shape[0] * linear.attributes["width"]
 
 
 def _constant_bytes(value: Any) -> int:
     bits = 4 if value.type.dtype == "i4" else 8 * value.constant.dtype.itemsize
     return int((value.constant.size * bits + 7) // 8)
-
-
-def _is_narrow(value: Any) -> bool:
-    return value.type.dtype in ("i8", "u8", "i4", "f8e4m3fn")
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------

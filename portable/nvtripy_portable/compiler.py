@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from nvtripy_portable import interpreter
 from nvtripy_portable.graph import Graph
 from nvtripy_portable.passes import (
     attention,
@@ -35,6 +36,9 @@ PASSES = (
 def optimize(graph: Graph) -> None:
     """Runs every pass over ``graph``, in place.
 
+    With ``NVTRIPY_PORTABLE_PRINT_GRAPH=1`` in the environment the graph is printed to standard error after each pass;
+    with a pass's name instead of the 1, after that one.
+
     Raises:
         GraphError: an operation's operands contradict each other; the error says where.
     """
@@ -47,6 +51,8 @@ def optimize(graph: Graph) -> None:
         if wanted in ("1", name):
             print(f"--- after {name}\n{graph}", file=sys.stderr)
     _own_constants(graph, sources)
+    for operation in graph.operations:
+        operation.location = interpreter.shortened(operation.location)
 
 
 def _own_constants(graph: Graph, sources: set[int]) -> None:

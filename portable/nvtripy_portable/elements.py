@@ -9,7 +9,7 @@ inequalities between them. Integers are taken for unbounded: indices that wrap a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ from nvtripy_portable.inequalities import (
 Index = tuple[Number, ...]
 FLOATS = ("f32", "f16", "bf16")
 _INTEGERS = ("i32", "i64")
+_ARITHMETIC: dict[str, Callable[[Number, Number], Number]] = {"kSUM": add, "kSUB": subtract, "kPROD": multiply}
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Elements:
                 )
         return Read(value, index)
 
-    # --- integers and conditions ----------------------------------------------------------------------------------------
+    # --- integers and conditions --------------------------------------------------------------------------------------
 
     def number(self, value: Value, index: Index, given: Formula) -> Number:
         """The integer at an index: a polynomial, in which what is not understood is a symbol of its own."""
@@ -198,8 +199,8 @@ class Elements:
         if operation.kind == "element_wise":
             pair = self._pair(operation, index, given)
             name = operation.attributes["operation"]
-            if pair is not None and name in ("kSUM", "kSUB", "kPROD"):
-                return {"kSUM": add, "kSUB": subtract, "kPROD": multiply}[name](*pair)
+            if pair is not None and name in _ARITHMETIC:
+                return _ARITHMETIC[name](*pair)
             if pair is not None and name in ("kMAX", "kMIN"):
                 for great, small in (pair, pair[::-1]):
                     if implies(given, at_most(small, great)):
@@ -246,7 +247,7 @@ class Elements:
             numbers.append(self.number(operand, at, given))
         return numbers[0], numbers[1]
 
-    # --- moves ----------------------------------------------------------------------------------------------------------
+    # --- moves --------------------------------------------------------------------------------------------------------
 
     def _followed(self, value: Value, index: Index, given: Formula) -> tuple[Value, Index]:
         """Back through operations that only move elements, as far as it goes."""
@@ -275,7 +276,9 @@ class Elements:
             return source, tuple(add(int(first), multiply(int(by), at)) for first, by, at in pairs)
         if operation.kind == "broadcast":
             at = tuple(index[target] for target in operation.attributes["broadcast_dims"])
-            at_source = _at_ones(source.type.shape, at, [value.type.shape[i] for i in operation.attributes["broadcast_dims"]])
+            at_source = _at_ones(
+                source.type.shape, at, [value.type.shape[i] for i in operation.attributes["broadcast_dims"]]
+            )
             return None if at_source is None else (source, at_source)
         if operation.kind == "concatenation":
             return _part(operation, index)

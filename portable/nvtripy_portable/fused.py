@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nvtripy_portable import reference
-from nvtripy_portable.packing import unpack_int4
 from nvtripy_portable.reference import FLOAT8, INT8, Array
 
 _ROWS_AT_ONCE = 1024  # rows of weights that are widened together: a few megabytes of float32
@@ -36,19 +35,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def _wide(array: Array) -> NDArray[np.float32]:
     return array.astype(np.float32, copy=False)
-
-
-def _rows(weight: Array, scale: Array | None, weight_dtype: str, width: int) -> NDArray[np.float32]:
-    """Stored rows as the float32 numbers that they stand for, (N, width)."""
-    rows = (unpack_int4(weight, width) if weight_dtype == "i4" else weight).astype(np.float32)
-    if scale is None:
-        return rows
-    if scale.ndim == 2:
-        blocks = rows.reshape(len(rows), scale.shape[1], -1)
-        blocks *= scale[:, :, None]
-        return rows
-    rows *= scale[:, None] if scale.ndim == 1 else scale
-    return rows
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
@@ -99,7 +85,7 @@ def linear(
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         part = builtins.slice(start, start + _ROWS_AT_ONCE)
         scale = weight_scale[part] if weight_scale is not None and weight_scale.ndim else weight_scale
-        np.matmul(wide, _rows(weight[part], scale, weight_dtype, width).T, out=result[:, part])
+        np.matmul(wide, reference.widened_rows(weight[part], scale, weight_dtype, width).T, out=result[:, part])
     if bias is not None:
         result += _wide(bias)
     if activation is not None:
@@ -140,7 +126,9 @@ def embedding(
     """
     flat = idx.reshape(-1)
     scale = reference.gather(table_scale, flat, axis=0) if table_scale is not None and table_scale.ndim else table_scale
-    rows = _rows(reference.gather(table, flat, axis=0), scale, weight_dtype, width).reshape(*idx.shape, width)
+    rows = reference.widened_rows(reference.gather(table, flat, axis=0), scale, weight_dtype, width).reshape(
+        *idx.shape, width
+    )
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
     positions = steps if position is None else position.astype(np.int64)[:, None] + steps
     return reference.cast(rows + _wide(reference.gather(position_table, positions, axis=0)), dtype=dtype)

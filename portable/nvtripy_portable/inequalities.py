@@ -123,7 +123,9 @@ def _contradicts(numbers: list[Number]) -> bool:
 
 
 def _eliminated(constraints: set[_Constraint], unknown: tuple[str, ...]) -> set[_Constraint]:
-    lower, upper, result = [], [], set()
+    lower: list[tuple[int, _Constraint]] = []
+    upper: list[tuple[int, _Constraint]] = []
+    result: set[_Constraint] = set()
     for constraint in constraints:
         coefficient = dict(constraint[1]).get(unknown, 0)
         if coefficient:
@@ -131,7 +133,7 @@ def _eliminated(constraints: set[_Constraint], unknown: tuple[str, ...]) -> set[
         else:
             result.add(constraint)
     for (a, (constant_a, terms_a)), (b, (constant_b, terms_b)) in itertools.product(lower, upper):
-        total = {(): b * constant_a + a * constant_b}
+        total: dict[tuple[str, ...], int] = {(): b * constant_a + a * constant_b}
         for factor, terms in ((b, terms_a), (a, terms_b)):
             for each, coefficient in terms:
                 total[each] = total.get(each, 0) + factor * coefficient

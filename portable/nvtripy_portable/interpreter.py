@@ -58,8 +58,15 @@ def _describe(step: Step, operands: Sequence[np.ndarray | None], error: Exceptio
     return f"{step.kind}({shapes}): {error}{where(step.location)}"
 
 
-def where(location: str) -> str:
-    """The lines of the user's program that a location names, innermost first; all of it where there are none."""
+def shortened(location: str) -> str:
+    """What an error message says of a location: the lines of the user's program, innermost first; all of it where there
+    are none. The location itself is nvtripy's whole stack, several kilobytes."""
     frames = re.findall(r"--> (.*?:\d+ in \S+\(\))", location)
     users = [frame for frame in frames if not re.search(_NVTRIPYS_OWN, frame)]
-    return "".join(f"\n    --> {frame}" for frame in users[:3]) or f"\n{location}"
+    return "\n".join(f"--> {frame}" for frame in users[:3]) or location
+
+
+def where(location: str) -> str:
+    """The shortened location as the end of a message."""
+    indent = "\n    " if "-->" in location else "\n"
+    return "".join(f"{indent}{line}" for line in shortened(location).split("\n"))

@@ -1201,19 +1201,17 @@ def resize_cubic(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the passes make: products with quantized weights, and look-ups in them
-
-_ROWS_AT_ONCE = 1024  # rows of weights that are widened together: a few megabytes of float32
+# What the passes make: rows of weights, and look-ups in them
 
 
-def _dequantized_rows(weight: Array, scale: Array, weight_dtype: str, width: int) -> NDArray[np.float32]:
-    """Rows (N, width) in float32, from stored rows (N, width), int4 packed (N, width / 2).
+def widened_rows(weight: Array, scale: Array | None, weight_dtype: str, width: int) -> NDArray[np.float32]:
+    """Stored rows as the float32 numbers that they stand for, (N, width); int4 is packed two a byte along the row.
 
-    `scale` is a scalar, (N,), or (N, width / block) for blocks along each row.
+    `scale` is None, a scalar, (N,), or (N, width / block) for blocks along each row.
     """
-    if weight_dtype == "i4":
-        weight = unpack_int4(weight, width)
-    rows = weight.astype(np.float32)
+    rows = (unpack_int4(weight, width) if weight_dtype == "i4" else weight).astype(np.float32)
+    if scale is None:
+        return rows
     if scale.ndim == 2:
         blocks = rows.reshape(len(rows), scale.shape[1], -1)
         blocks *= scale[:, :, None]
@@ -1222,31 +1220,14 @@ def _dequantized_rows(weight: Array, scale: Array, weight_dtype: str, width: int
     return rows
 
 
-def quantized_product(x: Array, weight: Array, scale: Array, *, weight_dtype: str, width: int) -> Array:
-    """``x @ rows.T`` for `x` (..., width) and the rows (N, width) that `weight` and `scale` stand for, in x's dtype.
-
-    `weight_dtype` is "i8", "i4" or "f8e4m3fn". Accumulates in float32. The rows are widened a few at a time: at no time
-    do the weights exist at full width.
-    """
-    if x.shape[-1] != width:
-        raise ValueError(f"quantized_product expects a last dimension of {width}, but got {x.shape}.")
-    wide = _widen(x).reshape(-1, width)
-    result = np.empty((len(wide), len(weight)), np.float32)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        part = builtins.slice(start, start + _ROWS_AT_ONCE)
-        rows = _dequantized_rows(weight[part], scale[part] if scale.ndim else scale, weight_dtype, width)
-        np.matmul(wide, rows.T, out=result[:, part])
-    return _store(result.reshape(*x.shape[:-1], len(weight)), x.dtype)
-
-
 def quantized_rows(
     weight: Array, scale: Array, indices: Array, *, weight_dtype: str, width: int, dtype: DTypeLike
 ) -> Array:
-    """The rows (…, width) at `indices` (…) of what `weight` and `scale` stand for, as for `quantized_product`."""
+    """The rows (…, width) at `indices` (…) of what `weight` and `scale` stand for: an embedding of quantized rows."""
     flat = indices.reshape(-1)
     rows = gather(weight, flat, axis=0)
     scales = gather(scale, flat, axis=0) if scale.ndim else scale
-    return _store(_dequantized_rows(rows, scales, weight_dtype, width).reshape(*indices.shape, width), np.dtype(dtype))
+    return _store(widened_rows(rows, scales, weight_dtype, width).reshape(*indices.shape, width), np.dtype(dtype))
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -1277,6 +1258,5 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "resize_nearest": resize_nearest,
     "resize_linear": resize_linear,
     "resize_cubic": resize_cubic,
-    "quantized_product": quantized_product,
     "quantized_rows": quantized_rows,
 }

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nvtripy_portable import compiler, reference
+from nvtripy_portable import compiler, fused
 from nvtripy_portable.packing import pack_int4, unpack_int4
 from nvtripy_portable.passes import fold_constants, merge_equal
 
@@ -96,7 +96,7 @@ def test_a_product_is_one_operation(name: str, shape: tuple[int, ...], monkeypat
     rng = np.random.default_rng(len(name) + len(shape))
     weight = WEIGHTS[name](rng)
     fast, plain = compile_both(lambda x: x @ weight, tp.InputInfo(shape, dtype=tp.float32), monkeypatch)
-    assert "quantized_product" in kinds(fast) and "dequantize" not in kinds(fast)
+    assert "linear" in kinds(fast) and "dequantize" not in kinds(fast)
     assert "dequantize" in kinds(plain)
     x = rng.standard_normal(shape).astype(np.float32)
     expected = call(plain, x)
@@ -130,7 +130,7 @@ def test_a_head_that_is_the_embedding_too_is_held_once(is_block: bool, monkeypat
             return tp.relu(tp.gather(rounded, 0, idx)) @ tp.transpose(rounded, 0, 1)
 
     fast, plain = compile_both(model, tp.InputInfo((7,), dtype=tp.int32), monkeypatch)
-    assert {"quantized_product", "quantized_rows"} <= set(kinds(fast)) and "dequantize" not in kinds(fast)
+    assert {"linear", "quantized_rows"} <= set(kinds(fast)) and "dequantize" not in kinds(fast)
     half = 2 if is_block else 1
     assert constant_bytes(fast) <= N * K // half + 4 * max(N, N * K // BLOCK) + 64
     idx = rng.integers(0, N, 7).astype(np.int32)
@@ -144,18 +144,18 @@ def test_what_it_cannot_hold_is_left_alone() -> None:
     scale = tp.Tensor(np.full(K, 0.5, np.float32))
     rounded = tp.dequantize(tp.quantize(tp.Tensor(weight), scale, tp.int8, 0), scale, tp.float32, 0)
     executable = tp.compile(lambda x: x @ rounded, args=[tp.InputInfo((1, K), dtype=tp.float32)])
-    assert "dequantize" in kinds(executable) and "quantized_product" not in kinds(executable)
+    assert "dequantize" in kinds(executable) and "linear" not in kinds(executable)
     assert np.array_equal(call(executable, np.ones((1, K), np.float32)), np.full((1, N), K))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_rows_are_widened_in_parts(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_are_widened_in_parts(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than are widened at once, the last part not a full one."""
-    monkeypatch.setattr(reference, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(fused, "_ROWS_AT_ONCE", 7)
     rng = np.random.default_rng(2)
     weight, scale = rng.integers(-128, 128, (23, 10)).astype(np.int8), rng.random(23).astype(np.float32)
     x = rng.standard_normal((3, 10)).astype(dtype)
-    found = reference.quantized_product(x, weight, scale, weight_dtype="i8", width=10)
+    found = linear(x, weight, scale, dtype)
     expected = x.astype(np.float32) @ (weight * scale[:, None]).T
     assert found.dtype == dtype
     # One rounding to the result's type: 2**-11 for float16, 2**-8 for bfloat16.
@@ -164,9 +164,18 @@ def test_rows_are_widened_in_parts(dtype: type, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_wrong_width_is_refused() -> None:
     with pytest.raises(ValueError, match="last dimension of 10"):
-        reference.quantized_product(
-            np.ones((1, 9), np.float32), np.ones((2, 10), np.int8), np.ones(2, np.float32), weight_dtype="i8", width=10
-        )
+        linear(np.ones((1, 9), np.float32), np.ones((2, 10), np.int8), np.ones(2, np.float32), "float32")
+
+
+def linear(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
+    return fused.linear(
+        *(x, weight, scale, None, None, None, None),
+        weight_dtype="i8",
+        width=10,
+        input_dtype=None,
+        activation=None,
+        dtype=np.dtype(dtype),
+    )
 
 
 ARRAYS = hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=9)

@@ -127,7 +127,7 @@ def test_operations_are_those_that_nvtripy_emits_and_the_passes_make() -> None:
     names = """cast concatenation top_k linspace reduce element_wise unary activation normalization shape collapse_rank
         slice reshape transpose broadcast softmax select gather matrix_multiply quantize dequantize convolution
         deconvolution pooling resize_nearest resize_linear resize_cubic
-        quantized_product quantized_rows"""
+        quantized_rows"""
     assert set(reference.OPERATIONS) == set(names.split())
     for name, function in reference.OPERATIONS.items():
         assert function.__name__ == name

@@ -75,9 +75,7 @@ def run(graph: Graph) -> None:
     _replace(graph, replacements, new_caches)
 
 
-def _replace(
-    graph: Graph, replacements: dict[Operation, list[Operation]], new_values: dict[Value, Value]
-) -> None:
+def _replace(graph: Graph, replacements: dict[Operation, list[Operation]], new_values: dict[Value, Value]) -> None:
     operations: list[Operation] = []
     for operation in graph.operations:
         replacement = replacements.get(operation, [operation])
@@ -137,7 +135,10 @@ class _Attention:
 
     def operations(self, cache: Value | None) -> list[Operation]:
         """The attention, on ``cache``, after the constants that it reads."""
-        scales = [None if rows.scale is None else constant(np.array(rows.scale, np.float32)) for rows in (self.keys, self.values)]
+        scales = [
+            None if rows.scale is None else constant(np.array(rows.scale, np.float32))
+            for rows in (self.keys, self.values)
+        ]
         operands = [self.keys.qkv, cache, self.keys.position, *(each.results[0] if each else None for each in scales)]
         attributes = {
             "heads": self.frame.sizes[1],
@@ -184,7 +185,9 @@ def _recognised(root: Operation, elements: Elements) -> _Attention | None:
         return None
 
     query, own_factor = _unscaled(elements.element(q, (b, h, t, d), frame.given))
-    keys = _scaled_rows(elements.element(k, (b, h, c, d) if is_transposed else (b, h, d, c), frame.given), 0, frame, elements)
+    keys = _scaled_rows(
+        elements.element(k, (b, h, c, d) if is_transposed else (b, h, d, c), frame.given), 0, frame, elements
+    )
     values = _scaled_rows(elements.element(v, (b, h, c, d), frame.given), 1, frame, elements)
     if keys is None or keys != values or not isinstance(query, Read) or query.value is not keys.qkv:
         return None
@@ -213,7 +216,8 @@ def _is_minus_infinity(value: Value) -> bool:
 def _unscaled(element: Element) -> tuple[Element, float]:
     factor = 1.0
     while isinstance(element, Scaled):
-        element, factor = element.element, factor * element.factor
+        factor *= element.factor
+        element = element.element
     return element, factor
 
 
@@ -225,7 +229,7 @@ def _scaled_rows(element: Element, half: int, frame: _Frame, elements: Elements)
 
 
 def _rows(element: Element, half: int, frame: _Frame, elements: Elements) -> _Rows | None:
-    """Keys or values at (b, h, c, d) as a cache would hold them: this call's own, or those in their slots of a cache."""
+    """Keys or values at (b, h, c, d) as a cache would hold them: this call's own, or those in their slots of it."""
     b, h, _, c, d = frame.indices
     heads, length, head_size = frame.sizes[1], frame.sizes[2], frame.sizes[4]
     assert isinstance(heads, int) and isinstance(head_size, int) and length is not None  # as its caller has seen

@@ -1,8 +1,8 @@
 """A ``linear`` operation takes in what stands around its product: scaling and rounding of the input, bias, activation,
 residual and casts.
 
-``activation(round(x * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from the inside
-out, what comes before it from the outside in, so that nothing changes places.
+``activation(round(x * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from the
+inside out, what comes before it from the outside in, so that nothing changes places.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ _BEFORE = (
 
 _WIDE_Y = Cast(_LINEAR)
 _CUBE = binary("kPROD", binary("kPROD", _WIDE_Y, _WIDE_Y), _WIDE_Y)
-_INNER = binary("kPROD", binary("kSUM", binary("kPROD", _CUBE, Number(0.044715)), _WIDE_Y), Number(math.sqrt(2 / math.pi)))
+_INNER = binary(
+    "kPROD", binary("kSUM", binary("kPROD", _CUBE, Number(0.044715)), _WIDE_Y), Number(math.sqrt(2 / math.pi))
+)
 _TANH = Op("activation", _INNER, operation="kTANH")
 _HALVES = binary("kPROD", binary("kPROD", binary("kSUM", _TANH, Number(1.0)), _WIDE_Y), Number(0.5))
 

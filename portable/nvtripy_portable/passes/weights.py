@@ -74,7 +74,7 @@ class _Packer:
             return None
         key = (value, None, columns_are_rows)
         if key not in self._packed:
-            matrix = weight.reshape(weight.shape[-2:])
+            matrix = weight.reshape(weight.shape[-2], weight.shape[-1])
             rows = matrix.T if columns_are_rows else matrix
             self._packed[key] = _Packed(self._constant(rows), None, value.type.dtype, rows.shape[1])
         return self._packed[key]
