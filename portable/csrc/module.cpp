@@ -236,8 +236,8 @@ float read_all(const std::string& isa, nb::handle array) {
     const nb::gil_scoped_release released;
     constexpr int64_t kUnit = 256 << 10;
     std::atomic<float> total{0};
-    ThreadPool::instance().run([&](Team& team) {
-        team.each((count + kUnit - 1) / kUnit, [&](int64_t unit) {
+    ThreadPool::instance().run([&](ThreadPool& pool) {
+        pool.each((count + kUnit - 1) / kUnit, [&](int64_t unit, int) {
             total.store(kernels.read(x + unit * kUnit, std::min(kUnit, count - unit * kUnit)), std::memory_order_relaxed);
         });
     });

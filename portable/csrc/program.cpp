@@ -160,36 +160,35 @@ void Program::run(const std::vector<IntegerInput>& integers, const std::vector<C
     const std::lock_guard<std::mutex> lock(mutex_);
     Call call{integers, caches, inputs, outputs};
     plan(call);
-    ThreadPool& pool = ThreadPool::instance();
-    const auto threads = static_cast<size_t>(pool.threads());
-    if (thread_memory_.size() < threads) thread_memory_.resize(threads);
-    for (Memory& memory : thread_memory_) memory.reserve(thread_floats_);
-    pool.run([&](Team& team) {
-        for (const Operation& operation : operations_) execute(operation, call, team);
+    ThreadPool::instance().run([&](ThreadPool& workers) {
+        const auto threads = static_cast<size_t>(workers.team());
+        if (thread_memory_.size() < threads) thread_memory_.resize(threads);
+        for (Memory& memory : thread_memory_) memory.reserve(thread_floats_);
+        for (const Operation& operation : operations_) execute(operation, call, workers);
     });
 }
 
-void Program::execute(const Operation& operation, const Call& call, Team& team) {
+void Program::execute(const Operation& operation, const Call& call, ThreadPool& pool) {
     switch (operation.kind) {
-        case Kind::layer_norm: layer_norm(operation, call, team); break;
-        case Kind::linear: linear(operation, call, team); break;
-        case Kind::embedding: embedding(operation, call, team); break;
-        case Kind::last_rows: last_rows(operation, call, team); break;
-        case Kind::attention: attention(operation, call, team); break;
+        case Kind::layer_norm: layer_norm(operation, call, pool); break;
+        case Kind::linear: linear(operation, call, pool); break;
+        case Kind::embedding: embedding(operation, call, pool); break;
+        case Kind::last_rows: last_rows(operation, call, pool); break;
+        case Kind::attention: attention(operation, call, pool); break;
     }
 }
 
-void Program::layer_norm(const Operation& operation, const Call&, Team& team) {
+void Program::layer_norm(const Operation& operation, const Call&, ThreadPool& pool) {
     const Value& x = values_[static_cast<size_t>(operation.x)];
     const Value& y = values_[static_cast<size_t>(operation.y)];
     const int64_t width = operation.stage.width;
-    team.each(x.rows(), [&](int64_t row) {
+    pool.each(x.rows(), [&](int64_t row, int) {
         kernels_.layer_norm(x.data + row * width, operation.stage.norm_scale, operation.stage.norm_bias,
                             operation.stage.epsilon, width, y.data + row * width);
     });
 }
 
-void Program::linear(const Operation& operation, const Call&, Team& team) {
+void Program::linear(const Operation& operation, const Call&, ThreadPool& pool) {
     const InputStage& stage = operation.stage;
     const Matrix& weight = operation.weight;
     const Value& x = values_[static_cast<size_t>(operation.x)];
@@ -197,7 +196,6 @@ void Program::linear(const Operation& operation, const Call&, Team& team) {
     const float* residual =
         operation.residual == kNone ? nullptr : values_[static_cast<size_t>(operation.residual)].data;
     const int64_t tokens = x.rows(), width = stage.width, wide = padded(width), outputs = weight.rows;
-    float* own = thread_memory_[static_cast<size_t>(team.thread())].data();
     const auto finish = [&](int64_t first, int64_t count, int64_t begin, int64_t end) {
         for (int64_t t = first; t < first + count; ++t)
             kernels_.finish(y.data + t * outputs + begin, end - begin, operation.bias ? operation.bias + begin : nullptr,
@@ -207,29 +205,29 @@ void Program::linear(const Operation& operation, const Call&, Team& team) {
     if (tokens <= kFewTokens) {
         const int64_t by_bytes = divide_up(kUnitBytes, std::max<int64_t>(weight.row_bytes(), 1));
         const int64_t rows = divide_up(std::max(by_bytes, divide_up(outputs, kUnits)), 12) * 12;
+        const bool integer = takes_integers(operation), plain = is_plain(stage);
+        const int64_t integer_floats = integer_row_floats(width);
         // A few rows are prepared by every thread for itself: that is sooner done than waited for.
-        const float* rows_in = x.data;
-        int64_t stride = width;
-        IntegerRow integers[kFewTokens];
-        const bool integer = takes_integers(operation);
-        if (integer) {
-            float* scratch = own + tokens * integer_row_floats(width);
-            for (int64_t t = 0; t < tokens; ++t) {
-                integers[t] = integer_row(own + t * integer_row_floats(width), width);
-                kernels_.prepare_integers(stage, weight.dtype, x.data + t * width, scratch, integers[t]);
-            }
-        } else if (!is_plain(stage)) {
-            for (int64_t t = 0; t < tokens; ++t) kernels_.prepare(stage, x.data + t * width, own + t * wide);
-            rows_in = own;
-            stride = wide;
-            own += tokens * wide;
-        }
-        team.each(divide_up(outputs, rows), [&](int64_t unit) {
-            const int64_t begin = unit * rows, end = std::min(begin + rows, outputs);
+        const auto prepare = [&](int thread) {
+            float* own = memory_of(thread);
             if (integer)
+                for (int64_t t = 0; t < tokens; ++t)
+                    kernels_.prepare_integers(stage, weight.dtype, x.data + t * width, own + tokens * integer_floats,
+                                              integer_row(own + t * integer_floats, width));
+            else if (!plain)
+                for (int64_t t = 0; t < tokens; ++t) kernels_.prepare(stage, x.data + t * width, own + t * wide);
+        };
+        pool.each(divide_up(outputs, rows), prepare, [&](int64_t unit, int thread) {
+            float* own = memory_of(thread);
+            const int64_t begin = unit * rows, end = std::min(begin + rows, outputs);
+            if (integer) {
+                IntegerRow integers[kFewTokens];
+                for (int64_t t = 0; t < tokens; ++t) integers[t] = integer_row(own + t * integer_floats, width);
                 kernels_.integer_products(weight, integers, tokens, begin, end, y.data + begin, outputs);
-            else
-                kernels_.products(weight, rows_in, stride, tokens, begin, end, y.data + begin, outputs, own);
+            } else {
+                kernels_.products(weight, plain ? x.data : own, plain ? width : wide, tokens, begin, end,
+                                  y.data + begin, outputs, plain ? own : own + tokens * wide);
+            }
             finish(0, tokens, begin, end);
         });
         return;
@@ -237,7 +235,7 @@ void Program::linear(const Operation& operation, const Call&, Team& team) {
     const float* rows_in = x.data;
     int64_t stride = width;
     if (!is_plain(stage)) {
-        team.each(divide_up(tokens, 4), [&](int64_t unit) {
+        pool.each(divide_up(tokens, 4), [&](int64_t unit, int) {
             for (int64_t t = unit * 4; t < std::min(unit * 4 + 4, tokens); ++t)
                 kernels_.prepare(stage, x.data + t * width, shared_.data() + t * wide);
         });
@@ -245,21 +243,21 @@ void Program::linear(const Operation& operation, const Call&, Team& team) {
         stride = wide;
     }
     const int64_t rows = kPanels * kPanelRows, columns = divide_up(outputs, rows);
-    team.each(columns * divide_up(tokens, kTokenBlock), [&](int64_t unit) {
+    pool.each(columns * divide_up(tokens, kTokenBlock), [&](int64_t unit, int thread) {
         const int64_t first = unit / columns * kTokenBlock, count = std::min(kTokenBlock, tokens - first);
         const int64_t begin = unit % columns * rows, end = std::min(begin + rows, outputs);
         kernels_.products(weight, rows_in + first * stride, stride, count, begin, end,
-                          y.data + first * outputs + begin, outputs, own);
+                          y.data + first * outputs + begin, outputs, memory_of(thread));
         finish(first, count, begin, end);
     });
 }
 
-void Program::embedding(const Operation& operation, const Call& call, Team& team) {
+void Program::embedding(const Operation& operation, const Call& call, ThreadPool& pool) {
     const IntegerInput& tokens = call.integers[static_cast<size_t>(operation.tokens)];
     const Value& y = values_[static_cast<size_t>(operation.y)];
     const int64_t width = operation.weight.width;
-    float* own = thread_memory_[static_cast<size_t>(team.thread())].data();
-    team.each(y.rows(), [&](int64_t row) {
+    pool.each(y.rows(), [&](int64_t row, int thread) {
+        float* own = memory_of(thread);
         const int64_t b = row / y.length, t = row % y.length;
         const int64_t first =
             operation.position == kNone ? 0 : call.integers[static_cast<size_t>(operation.position)].data[b];
@@ -270,12 +268,12 @@ void Program::embedding(const Operation& operation, const Call& call, Team& team
     });
 }
 
-void Program::last_rows(const Operation& operation, const Call& call, Team& team) {
+void Program::last_rows(const Operation& operation, const Call& call, ThreadPool& pool) {
     const int32_t* last = call.integers[static_cast<size_t>(operation.last)].data;
     const Value& x = values_[static_cast<size_t>(operation.x)];
     const Value& y = values_[static_cast<size_t>(operation.y)];
     const int64_t width = widths_[static_cast<size_t>(operation.y)];
-    team.each(1, [&](int64_t) {
+    pool.each(1, [&](int64_t, int) {
         for (int64_t b = 0; b < x.batch; ++b) {
             const float* from = x.data + wrapped(b * x.length + last[b], x.rows()) * width;
             std::copy(from, from + width, y.data + b * width);
@@ -283,12 +281,11 @@ void Program::last_rows(const Operation& operation, const Call& call, Team& team
     });
 }
 
-void Program::attention(const Operation& operation, const Call& call, Team& team) {
+void Program::attention(const Operation& operation, const Call& call, ThreadPool& pool) {
     const Value& x = values_[static_cast<size_t>(operation.x)];
     const Value& y = values_[static_cast<size_t>(operation.y)];
     const int64_t heads = operation.heads, size = operation.head_size, width = heads * size;
     const int64_t batch = x.batch, length = x.length;
-    float* own = thread_memory_[static_cast<size_t>(team.thread())].data();
 
     // Without a cache this call's keys and values stand in scratch memory of the same form.
     Cache cache{shared_.data(), Dtype::f32, 1, batch, heads, length, size};
@@ -321,7 +318,7 @@ void Program::attention(const Operation& operation, const Call& call, Team& team
         return std::clamp<int64_t>((position ? position[b] : 0) + t + 1, 0, cache.context);
     };
     const auto attend = [&](int64_t b, int64_t h, int64_t t, int64_t queries, int64_t begin, int64_t end,
-                            Partial* partials) {
+                            Partial* partials, float* own) {
         const float* q[kQueryTile];
         int64_t seen[kQueryTile];
         for (int64_t i = 0; i < queries; ++i) {
@@ -334,7 +331,6 @@ void Program::attention(const Operation& operation, const Call& call, Team& team
         kernels_.attend(form, q, queries, seen, rows_of(0, b, h), rows_of(1, b, h), size, begin,
                         std::min(end, seen[queries - 1]), partials, own);
     };
-    float* sums = own + kAttendFloats;
 
     if (length == 1) {
         // One query a head: its keys are cut into chunks of a fixed size, so that long contexts have work for all
@@ -343,13 +339,15 @@ void Program::attention(const Operation& operation, const Call& call, Team& team
         for (int64_t b = 0; b < batch; ++b) most = std::max(most, seen_by(b, 0));
         const int64_t chunks = std::max<int64_t>(divide_up(most, kKeyChunk), 1), floats = size + 2;
         const auto partial_of = [&](int64_t unit) { return shared_.data() + unit * floats; };
-        team.each(batch * heads * chunks, [&](int64_t unit) {
+        pool.each(batch * heads * chunks, [&](int64_t unit, int thread) {
+            float* own = memory_of(thread);
+            float* sums = own + kAttendFloats;
             const int64_t b = unit / chunks / heads, h = unit / chunks % heads, chunk = unit % chunks;
             // The new row is in the last chunk that is seen; whoever comes to it writes it.
             const int64_t last = std::max<int64_t>(divide_up(seen_by(b, 0), kKeyChunk) - 1, 0);
             if (chunk == last) store(b, h);
             Partial partial{chunks == 1 ? sums : partial_of(unit) + 2, 0, 0};
-            attend(b, h, 0, 1, chunk * kKeyChunk, (chunk + 1) * kKeyChunk, &partial);
+            attend(b, h, 0, 1, chunk * kKeyChunk, (chunk + 1) * kKeyChunk, &partial, own);
             if (chunks == 1) {
                 kernels_.divide(partial, value_scale, size, y.data + b * width + h * size);
             } else {
@@ -358,7 +356,7 @@ void Program::attention(const Operation& operation, const Call& call, Team& team
             }
         });
         if (chunks == 1) return;
-        team.each(batch * heads, [&](int64_t head) {
+        pool.each(batch * heads, [&](int64_t head, int) {
             Partial first{partial_of(head * chunks) + 2, partial_of(head * chunks)[0], partial_of(head * chunks)[1]};
             for (int64_t chunk = 1; chunk < chunks; ++chunk) {
                 float* other = partial_of(head * chunks + chunk);
@@ -368,16 +366,17 @@ void Program::attention(const Operation& operation, const Call& call, Team& team
         });
         return;
     }
-    team.each(batch * heads, [&](int64_t head) { store(head / heads, head % heads); });
+    pool.each(batch * heads, [&](int64_t head, int) { store(head / heads, head % heads); });
     const int64_t query_tiles = divide_up(length, kQueryTile);
-    team.each(batch * heads * query_tiles, [&](int64_t unit) {
+    pool.each(batch * heads * query_tiles, [&](int64_t unit, int thread) {
+        float* own = memory_of(thread);
         // The last queries see the most keys: they are shared out first.
         const int64_t head = unit % (batch * heads), b = head / heads, h = head % heads;
         const int64_t t = (query_tiles - 1 - unit / (batch * heads)) * kQueryTile;
         const int64_t queries = std::min(kQueryTile, length - t);
         Partial partials[kQueryTile];
-        for (int64_t i = 0; i < kQueryTile; ++i) partials[i].sums = sums + i * padded(size);
-        attend(b, h, t, queries, 0, cache.context, partials);
+        for (int64_t i = 0; i < kQueryTile; ++i) partials[i].sums = own + kAttendFloats + i * padded(size);
+        attend(b, h, t, queries, 0, cache.context, partials, own);
         for (int64_t i = 0; i < queries; ++i)
             kernels_.divide(partials[i], value_scale, size, y.data + (b * length + t + i) * width + h * size);
     });

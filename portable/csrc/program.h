@@ -94,12 +94,13 @@ private:
     struct Call;
 
     void plan(Call& call);
-    void execute(const Operation& operation, const Call& call, Team& team);
-    void layer_norm(const Operation& operation, const Call& call, Team& team);
-    void linear(const Operation& operation, const Call& call, Team& team);
-    void embedding(const Operation& operation, const Call& call, Team& team);
-    void last_rows(const Operation& operation, const Call& call, Team& team);
-    void attention(const Operation& operation, const Call& call, Team& team);
+    float* memory_of(int thread) { return thread_memory_[static_cast<size_t>(thread)].data(); }
+    void execute(const Operation& operation, const Call& call, ThreadPool& pool);
+    void layer_norm(const Operation& operation, const Call& call, ThreadPool& pool);
+    void linear(const Operation& operation, const Call& call, ThreadPool& pool);
+    void embedding(const Operation& operation, const Call& call, ThreadPool& pool);
+    void last_rows(const Operation& operation, const Call& call, ThreadPool& pool);
+    void attention(const Operation& operation, const Call& call, ThreadPool& pool);
 
     const Kernels& kernels_;
     std::vector<Operation> operations_;

@@ -21,24 +21,7 @@ inline void relax() {
 #endif
 }
 
-// Waits until `value` is no longer `old`: first by looking, which costs a core but answers within nanoseconds, then
-// asleep.
-void wait_while(const std::atomic<uint32_t>& value, uint32_t old, std::chrono::microseconds spin) {
-    for (int i = 0; i < 256; ++i) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        relax();
-    }
-    const auto end = std::chrono::steady_clock::now() + spin;
-    while (std::chrono::steady_clock::now() < end)
-        for (int i = 0; i < 64; ++i) {
-            if (value.load(std::memory_order_acquire) != old) return;
-            relax();
-        }
-    while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
-}
-
-constexpr std::chrono::microseconds kBetweenJobs{200};  // about a decoding step's work outside of a run
-constexpr std::chrono::microseconds kAtBarrier{100};
+constexpr std::chrono::microseconds kLook{200};  // for the next task: about a decoding step's work outside of a run
 
 }  // namespace
 
@@ -57,7 +40,7 @@ ThreadPool& ThreadPool::instance() {
     static pid_t owner = 0;
     const std::lock_guard<std::mutex> lock(mutex);
     if (!pool || owner != getpid()) {  // a forked child has no threads but the one that forked
-        pool = new ThreadPool(pool ? pool->threads_ : usable_cores());
+        pool = new ThreadPool(pool ? pool->threads() : usable_cores());
         owner = getpid();
     }
     return *pool;
@@ -65,68 +48,84 @@ ThreadPool& ThreadPool::instance() {
 
 void ThreadPool::set_threads(int threads) {
     if (threads < 1) throw std::invalid_argument("expected at least 1 thread but got " + std::to_string(threads));
-    const std::lock_guard<std::mutex> lock(calls_);
     threads_ = threads;
 }
 
 void ThreadPool::start_workers() {
     stop_workers();
-    team_ = threads_;
-    const uint32_t generation = generation_.load();
-    for (int thread = 1; thread < team_; ++thread) workers_.emplace_back(&ThreadPool::work, this, thread, generation);
+    for (int thread = 1; thread < threads_; ++thread) workers_.emplace_back(&ThreadPool::work, this, thread);
 }
 
 void ThreadPool::stop_workers() {
-    if (workers_.empty()) return;
-    stopping_.store(true);
-    generation_.fetch_add(1);
-    generation_.notify_all();
+    is_stopping_.store(true);
+    wake_workers();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
-    stopping_.store(false);
+    is_stopping_.store(false);
 }
 
-void ThreadPool::work(int thread, uint32_t generation) {
-    for (;;) {
-        wait_while(generation_, generation, kBetweenJobs);
-        ++generation;
-        if (stopping_.load()) return;
-        Team team(*this, thread, team_);
-        (*job_)(team);
-        arrive();
+void ThreadPool::share(Task task, int64_t units) {
+    task_ = task;
+    done_.store(0, std::memory_order_relaxed);
+    uint32_t last_task = number(ticket_.load(std::memory_order_relaxed));
+    ticket_.store(static_cast<uint64_t>(last_task + 1) << 32 | static_cast<uint64_t>(units) << 16);
+    // Both in the one order that all threads agree on: either this sees who is about to sleep, or they see the ticket.
+    if (sleepers_.load() > 0) wake_workers();
+    take_units(0, last_task);
+    // What is left is in the hands of workers. Should one of them have lost its core, this one is for it.
+    for (int look = 0; done_.load(std::memory_order_acquire) != units; ++look) {
+        if (look < 4096)
+            relax();
+        else
+            std::this_thread::yield();
     }
 }
 
-void ThreadPool::run(const std::function<void(Team&)>& job) {
-    const std::lock_guard<std::mutex> lock(calls_);
-    if (team_ != threads_) start_workers();
-    Team team(*this, 0, team_);
-    if (team_ == 1) {
-        job(team);
-        return;
+int ThreadPool::take_units(int thread, uint32_t& last_task) {
+    int taken = 0;
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (next(ticket) < units(ticket)) {
+        if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+        // The task stays until this unit is done.
+        const bool is_first = number(ticket) != last_task;
+        last_task = number(ticket);
+        task_.call(task_.context, static_cast<int64_t>(next(ticket)), thread, is_first);
+        done_.fetch_add(1, std::memory_order_release);
+        ++taken;
+        ticket = ticket_.load(std::memory_order_acquire);
     }
-    job_ = &job;
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
-    job(team);
-    arrive();
+    return taken;
 }
 
-// The last of the team to arrive sets the others free.
-void ThreadPool::arrive() {
-    const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == team_ - 1) {
-        arrived_.store(0, std::memory_order_relaxed);
-        next_unit_.store(0, std::memory_order_relaxed);
-        phase_.store(phase + 1, std::memory_order_release);
-        phase_.notify_all();
-    } else {
-        wait_while(phase_, phase, kAtBarrier);
+void ThreadPool::work(int thread) {
+    uint32_t last_task = number(ticket_.load());
+    while (!is_stopping_.load(std::memory_order_relaxed)) {
+        const uint64_t old = ticket_.load(std::memory_order_acquire);
+        if (next(old) < units(old))
+            take_units(thread, last_task);
+        else
+            wait_for_task(old);
     }
 }
 
-int64_t Team::take() { return pool_.next_unit_.fetch_add(1, std::memory_order_relaxed); }
+// First by looking, which costs a core but answers within nanoseconds, then asleep.
+void ThreadPool::wait_for_task(uint64_t old) {
+    const auto end = std::chrono::steady_clock::now() + kLook;
+    do {
+        for (int look = 0; look < 64; ++look) {
+            if (ticket_.load(std::memory_order_relaxed) != old) return;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    const uint32_t wakes = wakes_.load();
+    sleepers_.fetch_add(1);
+    if (ticket_.load() == old && !is_stopping_.load()) wakes_.wait(wakes);
+    sleepers_.fetch_sub(1);
+}
 
-void Team::barrier() { pool_.arrive(); }
+void ThreadPool::wake_workers() {
+    wakes_.fetch_add(1);
+    wakes_.notify_all();
+}
 
 }  // namespace nvtripy_portable

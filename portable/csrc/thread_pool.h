@@ -1,9 +1,12 @@
-// One pool of threads that stay: between calls they spin for a moment, then sleep.
+// One pool of threads that stay: between tasks they look for the next one for a moment, then sleep.
 //
-// A job is run by all threads of the team from beginning to end (SPMD); inside, `each` shares out units of work, first
-// come, first served, and is a barrier. Which thread computes a unit never changes what comes out.
+// A task is a number of units of work, taken by whoever is free: the calling thread, and the workers. The caller goes on as
+// soon as the units are done, not when all workers have come by: one that the system has put aside, because other programs
+// want its core, holds nobody up unless it is in the middle of a unit. Which thread computes a unit never changes what comes
+// out.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -12,35 +15,6 @@
 #include <vector>
 
 namespace nvtripy_portable {
-
-class ThreadPool;
-
-// What one thread of a team sees of it.
-class Team {
-public:
-    Team(ThreadPool& pool, int thread, int size) : pool_(pool), thread_(thread), size_(size) {}
-    int thread() const { return thread_; }
-    int size() const { return size_; }
-
-    // Calls work(unit) for every unit in [0, units), shared out among the team. Returns when all are done.
-    template <class Work>
-    void each(int64_t units, const Work& work) {
-        if (size_ == 1) {
-            for (int64_t unit = 0; unit < units; ++unit) work(unit);
-            return;
-        }
-        for (int64_t unit = take(); unit < units; unit = take()) work(unit);
-        barrier();
-    }
-
-private:
-    int64_t take();
-    void barrier();
-
-    ThreadPool& pool_;
-    int thread_;
-    int size_;
-};
 
 class ThreadPool {
 public:
@@ -51,28 +25,79 @@ public:
     // Takes effect at the next call. Throws std::invalid_argument for less than 1.
     void set_threads(int threads);
 
-    // Runs job(team) on all threads and returns when they have finished. Calls from several threads queue up.
-    void run(const std::function<void(Team&)>& job);
+    // Runs job(pool) on this thread, with the workers at its disposal. Calls from several threads queue up.
+    template <class Job>
+    void run(const Job& job) {
+        const std::lock_guard<std::mutex> lock(calls_);
+        if (team() != threads()) start_workers();
+        job(*this);
+    }
+
+    // Within `run`: how many threads share its tasks.
+    int team() const { return static_cast<int>(workers_.size()) + 1; }
+
+    // Within `run`: calls work(unit, thread) for every unit in [0, units), and prepare(thread) before a thread's first one.
+    // `thread` is a number below `team()`: of the scratch memory that it may use. Returns when all are done.
+    template <class Prepare, class Work>
+    void each(int64_t units, const Prepare& prepare, const Work& work) {
+        if (units == 1 || team() == 1) {
+            if (units > 0) prepare(0);
+            for (int64_t unit = 0; unit < units; ++unit) work(unit, 0);
+            return;
+        }
+        struct Context {
+            const Prepare& prepare;
+            const Work& work;
+            int64_t begin;
+        } context{prepare, work, 0};
+        for (; context.begin < units; context.begin += kMostUnits)
+            share({[](const void* pointer, int64_t unit, int thread, bool is_first) {
+                       const auto& context = *static_cast<const Context*>(pointer);
+                       if (is_first) context.prepare(thread);
+                       context.work(context.begin + unit, thread);
+                   },
+                   &context},
+                  std::min(units - context.begin, kMostUnits));
+    }
+
+    template <class Work>
+    void each(int64_t units, const Work& work) {
+        each(units, [](int) {}, work);
+    }
 
 private:
-    friend class Team;
+    struct Task {
+        void (*call)(const void* context, int64_t unit, int thread, bool is_first) = nullptr;
+        const void* context = nullptr;
+    };
+
+    // A ticket says which task it is of (32 bits), how many units that has and which is the next (16 bits each). Whoever
+    // changes it from one number to the next has taken that unit.
+    static constexpr int64_t kMostUnits = (1 << 16) - 1;
+    static uint64_t next(uint64_t ticket) { return ticket & 0xFFFF; }
+    static uint64_t units(uint64_t ticket) { return ticket >> 16 & 0xFFFF; }
+    static uint32_t number(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+
     explicit ThreadPool(int threads) : threads_(threads) {}
     void start_workers();
     void stop_workers();
-    void work(int thread, uint32_t generation);
-    void arrive();
+    void share(Task task, int64_t units);
+    // Takes units of the task at hand until there is none left; returns how often it could.
+    int take_units(int thread, uint32_t& last_task);
+    void work(int thread);
+    void wait_for_task(uint64_t old);
+    void wake_workers();
 
     std::mutex calls_;
-    int threads_;
-    int team_ = 1;
+    std::atomic<int> threads_;
     std::vector<std::thread> workers_;
-    const std::function<void(Team&)>* job_ = nullptr;
+    Task task_;  // changes only while no unit of it is left to be done
 
-    alignas(64) std::atomic<uint32_t> generation_{0};  // of jobs
-    alignas(64) std::atomic<int64_t> next_unit_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> phase_{0};  // of barriers
-    std::atomic<bool> stopping_{false};
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int64_t> done_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+    std::atomic<uint32_t> wakes_{0};
+    std::atomic<bool> is_stopping_{false};
 };
 
 // How many cores this process may use.
