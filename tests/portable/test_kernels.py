@@ -19,9 +19,10 @@ TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64)
 
 #: Float32 sums in another order: some last places of the largest term.
 EXACT = {"rtol": 2e-5, "atol": 2e-5}
-#: int8 and int4 weights meet inputs rounded to 16 bits of the largest among 128: 2^-16 of it for each, which add up as
-#: errors do, to well under 1e-4 of results around 1.
-SIXTEEN_BITS = {"rtol": 2e-4, "atol": 2e-4}
+#: int8 and int4 weights meet inputs rounded to 16 bits of the largest among 128. Each is off by at most 2^-16 of that;
+#: with as many errors up as down a sum is off by about 2^-16 of its usual size, and by four times that at the very most
+#: of the results that are looked at here.
+SIXTEEN_BITS = 1e-4
 
 
 @pytest.fixture(params=ISAS)
@@ -51,13 +52,17 @@ def both(graph: Graph, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list
     return results[0], interpreter.run(Plan(graph), inputs)
 
 
-def check(graph: Graph, inputs: list[np.ndarray], tolerance: dict[str, float]) -> None:
+def check(graph: Graph, inputs: list[np.ndarray], tolerance: dict[str, float] | float) -> None:
+    """A tolerance without a name is a part of the largest magnitude."""
     for ours, expected in zip(*both(graph, inputs), strict=True):
         assert ours.shape == expected.shape and ours.dtype == expected.dtype
+        if isinstance(tolerance, float):
+            assert np.abs(ours - expected).max() <= tolerance * np.abs(expected).max()
+            continue
         np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), **tolerance)
 
 
-def tolerance_of(weight_dtype: str) -> dict[str, float]:
+def tolerance_of(weight_dtype: str) -> dict[str, float] | float:
     return SIXTEEN_BITS if weight_dtype in ("i8", "i4") else EXACT
 
 

@@ -169,7 +169,7 @@ class _Lowering:
     def _numbers(self, value: Value | None) -> np.ndarray | None:
         """A constant as float32."""
         constant = self._constant(value)
-        return None if constant is None else np.ascontiguousarray(constant.astype(np.float32))
+        return None if constant is None else np.asarray(constant).astype(np.float32, order="C", copy=False)
 
     def _scalar(self, value: Value | None) -> float:
         constant = self._constant(value)

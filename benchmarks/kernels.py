@@ -1,0 +1,126 @@
+"""Bare decoding and prefill of GPT-2 124M's shapes with random weights, against what the machine's memory and FMA units
+give in the same run.
+
+    python benchmarks/kernels.py [--threads N] [--context 64] [--repeat 20] [--only f16,i8]
+
+Decode: the share of read bandwidth is (bytes of weights and of the filled cache) / time / bandwidth, where the bandwidth
+is that of reading a buffer of 256 MB with the same threads, turn by turn with the decoding steps. Prefill: the share of
+the FMA peak, which is measured with products of a matrix that stays in the first-level cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "portable"), str(ROOT / "tests")]
+
+from fused_graphs import Shape, empty_cache, linear_graph, model_graph  # noqa: E402
+
+from nvtripy_portable.cpu.executor import Executor  # noqa: E402
+from nvtripy_portable.cpu.native import isa, load  # noqa: E402
+from nvtripy_portable.graph import Graph  # noqa: E402
+
+GPT2 = Shape(layers=12, heads=12, head_size=64, context=1024, vocabulary=50257)
+SMALL = Shape(layers=4, heads=4, head_size=64, context=256, vocabulary=2048)
+VARIANTS = {
+    "f32": {"weight_dtype": "f32"},
+    "f16": {"weight_dtype": "f16"},
+    "bf16": {"weight_dtype": "bf16"},
+    "i8": {"weight_dtype": "i8", "scales": "rows"},
+    "i4": {"weight_dtype": "i4", "scales": "128"},
+    "fp8": {"weight_dtype": "f8e4m3fn", "scales": "scalar", "input_dtype": "f8e4m3fn"},
+    "w8a8": {"weight_dtype": "i8", "scales": "rows", "input_dtype": "i8"},
+}
+BUFFER = 256 << 20  # bytes: eight times a large third-level cache
+
+
+def weight_bytes(graph: Graph) -> int:
+    """Of everything that a step reads of the linear operations."""
+    arrays = {id(each.constant): each.constant for op in graph.operations if op.kind == "linear" for each in op.operands if each}
+    return sum(array.nbytes for array in arrays.values() if array is not None)
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def fma_peak(threads: int) -> float:
+    """Multiply-adds a second, of small products on all threads."""
+    executor = Executor.of(linear_graph(np.ones((48 * threads, 512), np.float32), None, "f32", 512))
+    assert executor is not None
+    x = np.ones((1, 128, 512), np.float32)
+    return 48 * threads * 512 * 128 / min(timed(lambda: executor.run([x])) for _ in range(500))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--only", default=",".join(VARIANTS))
+    parser.add_argument("--prefill", default="64,512")
+    options = parser.parse_args()
+    native = load()
+    if native is None:
+        sys.exit(1)
+    if options.threads:
+        native.set_threads(options.threads)
+    threads = native.threads()
+    buffer = np.ones(BUFFER // 4, np.float32)
+    native.read_all(isa(), buffer)
+    peak = fma_peak(threads)
+    print(f"{native.kernels_for(isa())}, {threads} threads; small products: {2e-9 * peak:.0f} GFLOP/s")
+    print(f"{'':6} {'GB/s read':>10} {'ms/token':>9} {'tokens/s':>9} {'of read':>8}", end="")
+    lengths = [int(each) for each in options.prefill.split(",") if each]
+    print("".join(f" {f'prefill {each}':>12} {'of FMA':>7}" for each in lengths))
+    for name in options.only.split(","):
+        graph = model_graph(GPT2, cache_dtype="f16", **VARIANTS[name])  # type: ignore[arg-type]
+        executor = Executor.of(graph)
+        assert executor is not None
+        token, last = np.ones((1, 1), np.int32), np.zeros(1, np.int32)
+        prompt = np.arange(options.context, dtype=np.int32)[None]
+        _, cache = executor.run([prompt, last, empty_cache(GPT2, "f16"), last])
+        position = np.array([options.context], np.int32)
+        kept = [cache]
+
+        def step(executor: Executor = executor, kept: list = kept, position: np.ndarray = position) -> None:
+            _, kept[0] = executor.run([token, position, kept[0], last])
+
+        # The best of many short turns: other programs on the machine only ever take time away.
+        reads, steps = [], []
+        for _ in range(options.repeat):
+            reads.append(timed(lambda: native.read_all(isa(), buffer)))
+            steps += [timed(step) for _ in range(3)]
+        size = weight_bytes(graph) + 2 * 2 * GPT2.layers * GPT2.width * options.context
+        read, took = BUFFER / min(reads), min(steps)
+        print(f"{name:6} {read / 1e9:10.1f} {took * 1e3:9.2f} {1 / took:9.1f} {size / took / read:8.0%}", end="")
+        for length in lengths:
+            prompt = np.arange(length, dtype=np.int32)[None]
+            start, end = empty_cache(GPT2, "f16"), np.array([length - 1], np.int32)
+            took = min(timed(lambda p=prompt, c=start, e=end: executor.run([p, last, c, e])) for _ in range(4))
+            macs = GPT2.layers * 12 * GPT2.width**2 * length
+            print(f" {took * 1e3:9.1f} ms {macs / took / peak:7.0%}", end="", flush=True)
+        print()
+    small = Executor.of(model_graph(SMALL, cache_dtype="f16", weight_dtype="f16"))
+    assert small is not None
+    _, cache = small.run([np.ones((1, 64), np.int32), last, empty_cache(SMALL, "f16"), last])
+    times = []
+    for _ in range(2000):
+        start_time = time.perf_counter()
+        _, cache = small.run([token, np.array([64], np.int32), cache, last])
+        times.append(time.perf_counter() - start_time)
+    print(f"4 layers of width 256: {statistics.median(times) * 1e6:.0f} us a token, Python included")
+
+
+if __name__ == "__main__":
+    main()
