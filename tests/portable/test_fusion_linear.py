@@ -105,7 +105,9 @@ def test_a_head_shares_its_rows_with_the_embedding() -> None:
     table, positions = tensor(N, K), tensor(5, K, seed=2)
 
     def model(idx: tp.Tensor) -> tp.Tensor:
-        x = tp.gather(table, 0, idx) + tp.gather(positions, 0, tp.unsqueeze(tp.iota((idx.shape[1],), dtype=tp.int32), 0))
+        x = tp.gather(table, 0, idx) + tp.gather(
+            positions, 0, tp.unsqueeze(tp.iota((idx.shape[1],), dtype=tp.int32), 0)
+        )
         return x @ tp.transpose(table, 0, 1)
 
     graph, plain = both(model, tp.InputInfo((2, (1, 3, 5)), dtype=tp.int32))
