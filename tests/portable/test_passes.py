@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import nvtripy as tp
 import pytest
+from graphs import UNFUSED, clone, kinds, optimized, run, traced
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -29,54 +30,10 @@ from nvtripy_portable.plan import Plan
 I32 = np.int32
 
 #: The passes that are tested here. Those after them exchange operations for faster ones, which may round otherwise.
-PASSES = (fold_constants.run, merge_equal.run)
+PASSES = UNFUSED
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------
-
-
-def clone(graph: Graph) -> Graph:
-    """A graph of its own values and operations, on the same constants."""
-    copies = {entry.value: Value(entry.value.type) for entry in graph.inputs}
-    result = Graph(
-        [
-            Input(copies[each.value], each.name, each.shape_bounds, each.dimension_names, each.value_bounds)
-            for each in graph.inputs
-        ]
-    )
-    for operation in graph.operations:
-        operands = [None if operand is None else copies[operand] for operand in operation.operands]
-        types = [value.type for value in operation.results]
-        added = result.add(Operation(operation.kind, operands, dict(operation.attributes), types, operation.location))
-        copies.update(zip(operation.results, added.results, strict=True))
-    result.outputs = [copies[output] for output in graph.outputs]
-    return result
-
-
-def traced(function: Callable[..., Any], *infos: Any) -> Graph:
-    """The graph of a function as it comes from nvtripy, before any pass."""
-    graphs: list[Graph] = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = compiler.optimize
-        patch.setattr(compiler, "optimize", lambda graph: (graphs.append(clone(graph)), original(graph)))
-        tp.compile(function, args=list(infos))
-    return graphs[-1]  # those before it are of tensors that the program evaluated to trace
-
-
-def optimized(graph: Graph, passes: tuple[Callable[[Graph], None], ...] = PASSES) -> Graph:
-    graph = clone(graph)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "PASSES", passes)
-        compiler.optimize(graph)
-    return graph
-
-
-def kinds(graph: Graph) -> Counter[str]:
-    return Counter(operation.kind for operation in graph.operations)
-
-
-def run(graph: Graph, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    return Executable(graph).run(inputs)
 
 
 def run_recorded(graph: Graph, inputs: list[np.ndarray]) -> dict[Value, np.ndarray]:
