@@ -67,10 +67,11 @@ void ThreadPool::stop_workers() {
 void ThreadPool::share(Task task, int64_t units) {
     task_ = task;
     done_.store(0, std::memory_order_relaxed);
-    uint32_t last_task = number(ticket_.load(std::memory_order_relaxed));
-    ticket_.store(static_cast<uint64_t>(last_task + 1) << 32 | static_cast<uint64_t>(units) << 16);
+    const uint32_t task_number = number(ticket_.load(std::memory_order_relaxed)) + 1;
+    ticket_.store(static_cast<uint64_t>(task_number) << 32 | static_cast<uint64_t>(units) << 16);
     // Both in the one order that all threads agree on: either this sees who is about to sleep, or they see the ticket.
     if (sleepers_.load() > 0) wake_workers();
+    uint64_t last_task = kNoTask;
     take_units(0, last_task);
     // What is left is in the hands of workers. Should one of them have lost its core, this one is for it.
     for (int look = 0; done_.load(std::memory_order_acquire) != units; ++look) {
@@ -81,8 +82,7 @@ void ThreadPool::share(Task task, int64_t units) {
     }
 }
 
-int ThreadPool::take_units(int thread, uint32_t& last_task) {
-    int taken = 0;
+void ThreadPool::take_units(int thread, uint64_t& last_task) {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     while (next(ticket) < units(ticket)) {
         if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
@@ -91,14 +91,12 @@ int ThreadPool::take_units(int thread, uint32_t& last_task) {
         last_task = number(ticket);
         task_.call(task_.context, static_cast<int64_t>(next(ticket)), thread, is_first);
         done_.fetch_add(1, std::memory_order_release);
-        ++taken;
         ticket = ticket_.load(std::memory_order_acquire);
     }
-    return taken;
 }
 
 void ThreadPool::work(int thread) {
-    uint32_t last_task = number(ticket_.load());
+    uint64_t last_task = kNoTask;
     while (!is_stopping_.load(std::memory_order_relaxed)) {
         const uint64_t old = ticket_.load(std::memory_order_acquire);
         if (next(old) < units(old))

@@ -78,12 +78,14 @@ private:
     static uint64_t units(uint64_t ticket) { return ticket >> 16 & 0xFFFF; }
     static uint32_t number(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 
+    static constexpr uint64_t kNoTask = ~uint64_t{0};
+
     explicit ThreadPool(int threads) : threads_(threads) {}
     void start_workers();
     void stop_workers();
     void share(Task task, int64_t units);
-    // Takes units of the task at hand until there is none left; returns how often it could.
-    int take_units(int thread, uint32_t& last_task);
+    // Takes units of the task at hand until there is none left. `last_task` is the number of the last one that it found.
+    void take_units(int thread, uint64_t& last_task);
     void work(int thread);
     void wait_for_task(uint64_t old);
     void wake_workers();
