@@ -83,7 +83,6 @@ inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, f
     constexpr int kBytes = kInt4 ? 64 : 128;  // of 128 weights
     const int64_t row_bytes = weight.row_bytes();
     const auto* base = static_cast<const uint8_t*>(weight.data) + n * row_bytes;
-    const int64_t ahead = prefetch_distance(row_bytes, kRows, 1);
     const int64_t whole = weight.width / 128;
     const int64_t blocks = (weight.width + 127) / 128;
     const int64_t groups_per_block = kBlocks ? weight.block / 32 : 4;
@@ -114,8 +113,8 @@ inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, f
         const uint8_t* w[kRows];
         for (int r = 0; r < kRows; ++r) {
             w[r] = base + r * row_bytes + b * kBytes;
-            prefetch(w[r] + ahead);
-            if (!kInt4) prefetch(w[r] + ahead + 64);
+            prefetch(w[r] + kBytesAhead);
+            if (!kInt4) prefetch(w[r] + kBytesAhead + 64);
         }
         block(w, b);
     }
@@ -160,7 +159,7 @@ inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, f
 template <bool kInt4, int kTokens, bool kBlocks>
 inline void integer_rows(const Matrix& weight, const IntegerRow* x, int64_t begin, int64_t end, float* y,
                          int64_t y_stride) {
-    constexpr int kRows = kTokens == 1 ? 4 : (kTokens == 2 || W == 16) ? 2 : 1;
+    constexpr int kRows = kTokens > 1 && W == 16 ? 2 : 1;  // one row at a time is read fastest
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows)
         integer_tile<kInt4, kTokens, kRows, kBlocks>(weight, x, n, y + (n - begin), y_stride);

@@ -82,61 +82,68 @@ inline void panel_products(const Matrix& weight, const float* x, int64_t x_strid
     }
 }
 
-// y[t, r] = x[t] . w[r] for kRows stored rows that lie one behind the other.
+// How far ahead of their use weights are asked for. Rows lie one behind the other and are read in that order, so this
+// reaches into the rows that come next.
+constexpr int64_t kBytesAhead = 4096;
+
+// y[t, r] = x[t] . w[r] for kRows stored rows that lie one behind the other. Memory is read fastest from end to end: with
+// one or two tokens there is one row at a time, and more sums for each token instead, to keep the multipliers busy.
 template <class Numbers, int kTokens, int kRows>
-inline void direct_tile(const typename Numbers::Stored* w, int64_t width, int64_t ahead, const float* x,
-                        int64_t x_stride, float* y, int64_t y_stride) {
+inline void direct_tile(const typename Numbers::Stored* w, int64_t width, const float* x, int64_t x_stride, float* y,
+                        int64_t y_stride) {
     using Stored = typename Numbers::Stored;
     constexpr int kLine = 64 / static_cast<int>(sizeof(Stored));  // numbers in a cache line
-    constexpr int kStep = kLine > W ? kLine : W;
-    F sums[kTokens][kRows];
+    constexpr int kSums = kTokens * kRows == 1 ? 4 : kTokens * kRows == 2 ? 2 : 1;
+    constexpr int kStep = kLine > kSums * W ? kLine : kSums * W;
+    F sums[kTokens][kRows][kSums];
     for (int t = 0; t < kTokens; ++t)
-        for (int r = 0; r < kRows; ++r) sums[t][r] = zero();
+        for (int r = 0; r < kRows; ++r)
+            for (int s = 0; s < kSums; ++s) sums[t][r][s] = zero();
     int64_t k = 0;
     for (; k + kStep <= width; k += kStep) {
-        for (int r = 0; r < kRows; ++r) prefetch(w + r * width + k + ahead);
-#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < kStep; i += kLine)
+                prefetch(w + r * width + k + i + kBytesAhead / static_cast<int>(sizeof(Stored)));
+#pragma GCC unroll 8
         for (int i = 0; i < kStep; i += W) {
-            F tokens[kTokens];
-            for (int t = 0; t < kTokens; ++t) tokens[t] = load(x + t * x_stride + k + i);
+            const int s = i / W % kSums;
             for (int r = 0; r < kRows; ++r) {
                 const F row = Numbers::load(w + r * width + k + i);
-                for (int t = 0; t < kTokens; ++t) sums[t][r] = fma(tokens[t], row, sums[t][r]);
+                for (int t = 0; t < kTokens; ++t)
+                    sums[t][r][s] = fma(load(x + t * x_stride + k + i), row, sums[t][r][s]);
             }
         }
     }
-    for (; k < width; k += W) {
-        const int64_t count = smaller<int64_t>(W, width - k);
+    for (; k + W <= width; k += W)
         for (int r = 0; r < kRows; ++r) {
-            const F row = load_part<Numbers>(w + r * width + k, count);
-            for (int t = 0; t < kTokens; ++t) sums[t][r] = fma(load(x + t * x_stride + k), row, sums[t][r]);
+            const F row = Numbers::load(w + r * width + k);
+            for (int t = 0; t < kTokens; ++t)
+                sums[t][r][0] = fma(load(x + t * x_stride + k), row, sums[t][r][0]);
         }
-    }
+    if (k < width)
+        for (int r = 0; r < kRows; ++r) {
+            const F row = load_part<Numbers>(w + r * width + k, width - k);
+            for (int t = 0; t < kTokens; ++t)
+                sums[t][r][0] = fma(load(x + t * x_stride + k), row, sums[t][r][0]);
+        }
     for (int t = 0; t < kTokens; ++t)
-        for (int r = 0; r < kRows; ++r) y[t * y_stride + r] = sum(sums[t][r]);
-}
-
-// How many numbers ahead of their use weights are asked for: the next rows where rows are short, else a little further
-// in the same row, where the CPU's own prefetcher needs a start only.
-inline int64_t prefetch_distance(int64_t width, int64_t rows, int64_t bytes_per_number) {
-    const int64_t group = width * rows;
-    return group * bytes_per_number <= 8192 ? group : 2048 / bytes_per_number;
+        for (int r = 0; r < kRows; ++r) {
+            F total = sums[t][r][0];
+            for (int s = 1; s < kSums; ++s) total = add(total, sums[t][r][s]);
+            y[t * y_stride + r] = sum(total);
+        }
 }
 
 template <class Numbers, int kTokens>
 inline void direct_products(const Matrix& weight, const float* x, int64_t x_stride, int64_t begin, int64_t end,
                             float* y, int64_t y_stride) {
-    using Stored = typename Numbers::Stored;
-    constexpr int kRows = kTokens <= 2 || W == 16 ? 4 : 2;
-    const auto* w = static_cast<const Stored*>(weight.data);
-    const int64_t ahead = prefetch_distance(weight.width, kRows, sizeof(Stored));
+    constexpr int kRows = kTokens <= 2 ? 1 : 2;
+    const auto* w = static_cast<const typename Numbers::Stored*>(weight.data);
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows)
-        direct_tile<Numbers, kTokens, kRows>(w + n * weight.width, weight.width, ahead, x, x_stride, y + (n - begin),
-                                             y_stride);
+        direct_tile<Numbers, kTokens, kRows>(w + n * weight.width, weight.width, x, x_stride, y + (n - begin), y_stride);
     for (; n < end; ++n)
-        direct_tile<Numbers, kTokens, 1>(w + n * weight.width, weight.width, ahead, x, x_stride, y + (n - begin),
-                                         y_stride);
+        direct_tile<Numbers, kTokens, 1>(w + n * weight.width, weight.width, x, x_stride, y + (n - begin), y_stride);
     if (!weight.scales && Numbers::kFactor == 1) return;
     for (int t = 0; t < kTokens; ++t)
         for (n = begin; n < end; ++n)
