@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from functools import cache
 from typing import Any
 
@@ -93,9 +95,13 @@ def prompts(config: GPTConfig, length: int, seed: int = 1) -> np.ndarray:
 
 
 def tolerance(config: GPTConfig) -> float:
-    """Where inputs or the cache are rounded to 8 bits, a last bit before it can become a step of 1/127 after it."""
+    """Where inputs or the cache are rounded to 8 bits, a last bit before that can become a whole step after it.
+
+    In float32 few elements are so near to the middle between two steps; in half precision many are, and the unfused
+    graph itself is as far from float32's result as this.
+    """
     rounds = (config.linear_mode is not None and config.linear_mode.quantizes_input) or config.kv_cache_dtype
-    return max(TOLERANCES[config.dtype], 2e-2 if rounds else 0.0)
+    return max(TOLERANCES[config.dtype], (2e-2 if config.dtype == "float32" else 1e-1) if rounds else 0.0)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())) or "float32")
@@ -190,10 +196,9 @@ def test_a_saved_engine_is_small_and_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "printed"), [("1", len(compiler.PASSES)), ("attention", 1), ("", 0)])
-def test_the_graph_is_printed_after_each_pass(
-    wanted: str, printed: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_graph_is_printed_after_each_pass(wanted: str, printed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, _ = both(lambda x: x + 1.0, tp.InputInfo((2,), dtype=tp.float32))
     monkeypatch.setenv("NVTRIPY_PORTABLE_PRINT_GRAPH", wanted)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     compiler.optimize(graph)
-    assert capfd.readouterr().err.count("graph(%arg0: f32[2])") == printed
+    assert sys.stderr.getvalue().count("graph(%arg0: f32[2])") == printed
