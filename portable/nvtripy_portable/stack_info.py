@@ -10,6 +10,7 @@ and texts that come out are equal to the original's.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Hashable
 from types import CodeType
@@ -55,6 +56,7 @@ def install() -> None:
     original_text = exception.str_from_source_info
     excluded = stack_info.get_module_names_to_exclude_from_stack_info()
 
+    @functools.wraps(original_text)
     def str_from_source_info(
         source_info: stack_info.SourceInfo,
         enable_color: bool = True,

@@ -286,15 +286,11 @@ def test_texts_of_frames_are_those_of_the_original(monkeypatch: pytest.MonkeyPat
     from nvtripy.common import exception
 
     replacement = exception.str_from_source_info
-    spec = importlib.util.spec_from_file_location("original_exception", exception.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     compared = []
 
     def both(*frame: Any, **options: Any) -> str:
         text = replacement(*frame, **options)
-        compared.append((text, module.str_from_source_info(*frame, **options)))
+        compared.append((text, replacement.__wrapped__(*frame, **options)))
         return text
 
     monkeypatch.setattr(exception, "str_from_source_info", both)
@@ -302,7 +298,7 @@ def test_texts_of_frames_are_those_of_the_original(monkeypatch: pytest.MonkeyPat
         tp.compile(lambda x: tp.relu(x) + tp.gelu(x) * x[0], args=[tp.InputInfo((2,), dtype=tp.float32)])
         with pytest.raises(tp.TripyException):
             tp.ones((2, 3)) @ tp.Tensor(3)
-    assert len(compared) > 50 and module.str_from_source_info is not replacement
+    assert len(compared) > 50
     assert [text for text, _ in compared] == [text for _, text in compared]
 
 
