@@ -21,6 +21,7 @@ from nvtripy_portable.passes import (
 )
 
 PASSES = (
+    merge_equal.run,  # weights that are quantized twice, for a head and an embedding, become one constant
     fold_constants.run,
     merge_equal.run,
     weights.run,
@@ -49,7 +50,7 @@ def optimize(graph: Graph) -> None:
         graph.remove_dead_operations()
         name = run.__module__.rpartition(".")[2]
         if wanted in ("1", name):
-            print(f"--- after {name}\n{graph}", file=sys.stderr)
+            print(f"--- after {name}\n{graph}", file=sys.stderr, flush=True)
     _own_constants(graph, sources)
     for operation in graph.operations:
         operation.location = interpreter.shortened(operation.location)

@@ -3,13 +3,16 @@
 nvtripy records the Python stack for every tensor it creates, so that errors can point at the user's line. On Python
 3.11+ its ``get_stack_info`` walks ``co_positions()`` of every frame's code object each time, about 2 ms a tensor: 0.8 s
 of tracing for each transformer layer. The column range depends on the code object and the line alone, so here it is
-computed once for each. This is the one place where nvtripy's internals are replaced; the records that come out are
-equal to the original's.
+computed once for each. When it compiles, nvtripy formats each of these stacks again, and parses every line of code in
+them: a frame's text, too, is computed once. This is the one place where nvtripy's internals are replaced; the records
+and texts that come out are equal to the original's.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Hashable
 from types import CodeType
 
 _MAX_STACK_DEPTH = 100  # nvtripy's own limit
@@ -18,8 +21,12 @@ _MAX_STACK_DEPTH = 100  # nvtripy's own limit
 _column_ranges: dict[tuple[CodeType, int], tuple[int, int] | None] = {}
 
 
+_frame_texts: dict[Hashable, str] = {}
+
+
 def install() -> None:
-    """Replaces ``get_stack_info`` wherever nvtripy holds it."""
+    """Replaces ``get_stack_info`` and ``str_from_source_info`` wherever nvtripy holds them."""
+    from nvtripy.common import exception
     from nvtripy.frontend.module import parameter
     from nvtripy.utils import function_registry, stack_info
 
@@ -46,6 +53,25 @@ def install() -> None:
             frame = frame.f_back  # type: ignore[assignment]
         return records
 
+    original_text = exception.str_from_source_info
+    excluded = stack_info.get_module_names_to_exclude_from_stack_info()
+
+    @functools.wraps(original_text)
+    def str_from_source_info(
+        source_info: stack_info.SourceInfo,
+        enable_color: bool = True,
+        is_first_frame: bool = True,
+        callee_info: stack_info.SourceInfo | None = None,
+    ) -> str:
+        frame = (source_info.file, source_info.line, source_info.function, source_info.code, source_info.column_range)
+        callee = None if callee_info is None else (callee_info.function, callee_info._dispatch_target)
+        key = (frame, enable_color, is_first_frame, callee)
+        if key not in _frame_texts:
+            _frame_texts[key] = original_text(source_info, enable_color, is_first_frame, callee_info)
+        return _frame_texts[key]
+
+    exception.str_from_source_info = str_from_source_info
+    stack_info.get_module_names_to_exclude_from_stack_info = lambda: excluded
     stack_info.get_stack_info = get_stack_info
     parameter.get_stack_info = get_stack_info
 

@@ -16,7 +16,7 @@ B, C, E, V = 2, 9, 8, 11
 TOKENS = (1, 3, 5)
 TABLE, PLACES = tensor(V, E), tensor(C, E, seed=2)
 IDX = np.random.default_rng(3).integers(0, V, (B, 3)).astype(np.int32)
-START = np.array([2, 5], np.int32)
+START = np.array([2, 4], np.int32)
 IDX_INFO, START_INFO = tp.InputInfo((B, TOKENS), dtype=tp.int32), tp.InputInfo((B,), dtype=tp.int32)
 
 
@@ -37,8 +37,9 @@ EMBEDDINGS: dict[str, Callable[[tp.Tensor, tp.Tensor], tp.Tensor]] = {
     "tokens first": lambda idx, start: rows(TABLE, idx) + rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)),
     "positions first": lambda idx, start: rows(PLACES, steps(idx) + tp.unsqueeze(start, 1)) + rows(TABLE, idx),
     "quantized": lambda idx, start: rows(quantized(), idx) + rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)),
-    "quantized, positions first": lambda idx, start: rows(PLACES, tp.unsqueeze(start, 1) + steps(idx))
-    + rows(quantized(), idx),
+    "quantized, positions first": lambda idx, start: (
+        rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)) + rows(quantized(), idx)
+    ),
     "cast": lambda idx, start: tp.cast(
         tp.cast(rows(TABLE, idx) + rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)), tp.float16), tp.float32
     ),

@@ -281,6 +281,27 @@ def test_stack_records_of_nvtripys_own_calls_are_those_of_the_original(
     assert __file__ in {record["file"] for record in records}
 
 
+def test_texts_of_frames_are_those_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nvtripy as tp
+    from nvtripy.common import exception
+
+    replacement = exception.str_from_source_info
+    compared = []
+
+    def both(*frame: Any, **options: Any) -> str:
+        text = replacement(*frame, **options)
+        compared.append((text, replacement.__wrapped__(*frame, **options)))
+        return text
+
+    monkeypatch.setattr(exception, "str_from_source_info", both)
+    for _ in range(2):
+        tp.compile(lambda x: tp.relu(x) + tp.gelu(x) * x[0], args=[tp.InputInfo((2,), dtype=tp.float32)])
+        with pytest.raises(tp.TripyException):
+            tp.ones((2, 3)) @ tp.Tensor(3)
+    assert len(compared) > 50
+    assert [text for text, _ in compared] == [text for _, text in compared]
+
+
 def test_stack_records_do_not_mix_code_that_differs_in_columns_alone(original: Callable[..., list[Any]]) -> None:
     # Such code objects compare equal in some versions of Python, and the replacement remembers by code object.
     from nvtripy.utils import stack_info
