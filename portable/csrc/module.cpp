@@ -174,6 +174,7 @@ private:
         number("epsilon", operation.stage.epsilon);
         number("input_scale", operation.stage.input_scale);
         number("per_token", operation.stage.per_token);
+        number("takes_integers", operation.takes_integers);
         if (has("norm_scale")) operation.stage.norm_scale = array<float>(form["norm_scale"]);
         if (has("norm_bias")) operation.stage.norm_bias = array<float>(form["norm_bias"]);
         if (has("pre_scale")) operation.stage.pre_scale = array<float>(form["pre_scale"]);

@@ -30,7 +30,7 @@ bool is_plain(const InputStage& stage) {
 }
 
 bool takes_integers(const Operation& operation) {
-    return (operation.weight.dtype == Dtype::i8 || operation.weight.dtype == Dtype::i4) &&
+    return operation.takes_integers && (operation.weight.dtype == Dtype::i8 || operation.weight.dtype == Dtype::i4) &&
            operation.stage.rounding != Rounding::f8;
 }
 

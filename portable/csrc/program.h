@@ -33,6 +33,7 @@ struct Operation {
     Matrix positions;  // embedding's position table
     const float* bias = nullptr;
     Activation activation = Activation::none;
+    bool takes_integers = false;  // linear: inputs may be rounded to 16 bits, block by block, where that is faster
 
     int tokens = kNone;    // embedding's ids (B, T), among the integer inputs
     int position = kNone;  // embedding's and attention's (B,)

@@ -278,6 +278,8 @@ class _Lowering:
                 form["per_token"] = True
             else:
                 form["input_scale"] = self._scalar(input_scale)
+        # 16 bits a block of inputs are more than float16's 11, but less than float32's 24. int8 they hold exactly.
+        form["takes_integers"] = x.type.dtype in ("f16", "bf16") or attributes["input_dtype"] == "i8"
         if residual is not None:
             form["residual"] = self._float(residual)
             # Broadcasts are the reference's business.
