@@ -11,12 +11,15 @@
 
 namespace nvtripy_portable::ISA {
 
-// What one row adds for 128 inputs. `begin` counts inputs, `scales` are the row's own blocks, groups of 32 a block.
-// With kBlocks the row's scales are applied here, otherwise at the end.
-template <int kTokens, int kRows, bool kBlocks>
+// Where the weights' scales come from: one for a row, applied at the end; one for every 128 weights; or one for each group
+// of 32, which blocks of any other size are taken apart into.
+enum class Scales { row, block, group };
+
+// What one row adds for 128 inputs; `scales` are those of the row's 128 weights: one, or four.
+template <int kTokens, int kRows, Scales kScales>
 inline void i8_block(const int8_t* const* w, const int16_t* const* x, const float* x_scales, const float* const* scales,
-                     int64_t first_group, int64_t groups_per_block, F (&sums)[kTokens][kRows]) {
-    constexpr int kRun = kBlocks ? 32 : 128;
+                     F (&sums)[kTokens][kRows]) {
+    constexpr int kRun = kScales == Scales::group ? 32 : 128;
 #pragma GCC unroll 4
     for (int start = 0; start < 128; start += kRun) {
         I run[kTokens][kRows];
@@ -30,19 +33,18 @@ inline void i8_block(const int8_t* const* w, const int16_t* const* x, const floa
             }
         }
         for (int r = 0; r < kRows; ++r) {
-            const float scale = kBlocks ? scales[r][(first_group + start / 32) / groups_per_block] : 1.0f;
-            for (int t = 0; t < kTokens; ++t)
-                sums[t][r] = fma(to_float(run[t][r]), set1(kBlocks ? x_scales[t] * scale : x_scales[t]), sums[t][r]);
+            for (int t = 0; t < kTokens; ++t) {
+                const float by = kScales == Scales::row ? x_scales[t] : x_scales[t] * scales[r][start / 32];
+                sums[t][r] = fma(to_float(run[t][r]), set1(by), sums[t][r]);
+            }
         }
     }
 }
 
-template <int kTokens, int kRows, bool kBlocks>
+template <int kTokens, int kRows, Scales kScales>
 inline void i4_block(const uint8_t* const* w, const int16_t* const* x, const float* x_scales,
-                     const float* const* scales, int64_t first_group, int64_t groups_per_block,
-                     F (&sums)[kTokens][kRows]) {
+                     const float* const* scales, F (&sums)[kTokens][kRows]) {
     constexpr int kChunk = 8 * W;
-    const bool coarse = !kBlocks || groups_per_block % 4 == 0;
     I run[kTokens][kRows];
     for (int t = 0; t < kTokens; ++t)
         for (int r = 0; r < kRows; ++r) run[t][r] = zero_i();
@@ -57,12 +59,9 @@ inline void i4_block(const uint8_t* const* w, const int16_t* const* x, const flo
                 run[t][r] = dot(run[t][r], row.part2(), load_s(from + 4 * W));
                 run[t][r] = dot(run[t][r], row.part3(), load_s(from + 6 * W));
             }
-            if (!coarse) {
+            if constexpr (kScales == Scales::group) {
                 // Eight neighbouring elements meet in a lane, so four lanes share a scale.
-                float own[4] = {};
-                for (int g = 0; g < kChunk / 32; ++g)
-                    own[g] = scales[r][(first_group + start / 32 + g) / groups_per_block];
-                const F scale = spread(own);
+                const F scale = spread(scales[r] + start / 32);
                 for (int t = 0; t < kTokens; ++t) {
                     sums[t][r] = fma(to_float(run[t][r]), mul(scale, set1(x_scales[t])), sums[t][r]);
                     run[t][r] = zero_i();
@@ -70,30 +69,48 @@ inline void i4_block(const uint8_t* const* w, const int16_t* const* x, const flo
             }
         }
     }
-    if (coarse)
-        for (int r = 0; r < kRows; ++r) {
-            const float scale = kBlocks ? scales[r][first_group / groups_per_block] : 1.0f;
-            for (int t = 0; t < kTokens; ++t)
-                sums[t][r] = fma(to_float(run[t][r]), set1(kBlocks ? x_scales[t] * scale : x_scales[t]), sums[t][r]);
-        }
+    if constexpr (kScales != Scales::group)
+        for (int r = 0; r < kRows; ++r)
+            for (int t = 0; t < kTokens; ++t) {
+                const float by = kScales == Scales::row ? x_scales[t] : x_scales[t] * scales[r][0];
+                sums[t][r] = fma(to_float(run[t][r]), set1(by), sums[t][r]);
+            }
 }
 
-template <bool kInt4, int kTokens, int kRows, bool kBlocks>
+template <bool kInt4, int kTokens, int kRows, Scales kScales>
 inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, float* y, int64_t y_stride) {
     constexpr int kBytes = kInt4 ? 64 : 128;  // of 128 weights
     const int64_t row_bytes = weight.row_bytes();
     const auto* base = static_cast<const uint8_t*>(weight.data) + n * row_bytes;
     const int64_t whole = weight.width / 128;
     const int64_t blocks = (weight.width + 127) / 128;
-    const int64_t groups_per_block = kBlocks ? weight.block / 32 : 4;
-    const float* scales[kRows] = {};
-    if (kBlocks)
-        for (int r = 0; r < kRows; ++r) scales[r] = weight.scales + (n + r) * weight.scale_stride;
     F sums[kTokens][kRows];
     for (int t = 0; t < kTokens; ++t)
         for (int r = 0; r < kRows; ++r) sums[t][r] = zero();
 
-    auto block = [&](const uint8_t* const* w, int64_t b) {
+    for (int64_t b = 0; b < blocks; ++b) {
+        const uint8_t* w[kRows];
+        const float* scales[kRows] = {};
+        float groups[kRows][4];
+        uint8_t last[kRows][kBytes];
+        for (int r = 0; r < kRows; ++r) {
+            w[r] = base + r * row_bytes + b * kBytes;
+            prefetch(w[r] + kBytesAhead);
+            if (!kInt4) prefetch(w[r] + kBytesAhead + 64);
+            if (b == whole) {  // the rest of a row, with zeros
+                std::memset(last[r], 0, kBytes);
+                std::memcpy(last[r], w[r], static_cast<size_t>(row_bytes - whole * kBytes));
+                w[r] = last[r];
+            }
+            const float* own = weight.scales + (n + r) * weight.scale_stride;
+            if constexpr (kScales == Scales::block) scales[r] = own + b;
+            if constexpr (kScales == Scales::group) {
+                // The last 128 inputs may have fewer groups than four.
+                for (int64_t g = 0; g < 4; ++g)
+                    groups[r][g] = own[smaller((b * 4 + g) / (weight.block / 32), weight.scale_stride - 1)];
+                scales[r] = groups[r];
+            }
+        }
         const int16_t* values[kTokens];
         float x_scales[kTokens];
         for (int t = 0; t < kTokens; ++t) {
@@ -101,91 +118,53 @@ inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, f
             x_scales[t] = x[t].scales[b];
         }
         if constexpr (kInt4) {
-            i4_block<kTokens, kRows, kBlocks>(w, values, x_scales, scales, b * 4, groups_per_block, sums);
+            i4_block<kTokens, kRows, kScales>(w, values, x_scales, scales, sums);
         } else {
             const int8_t* numbers[kRows];
             for (int r = 0; r < kRows; ++r) numbers[r] = reinterpret_cast<const int8_t*>(w[r]);
-            i8_block<kTokens, kRows, kBlocks>(numbers, values, x_scales, scales, b * 4, groups_per_block, sums);
-        }
-    };
-
-    for (int64_t b = 0; b < whole; ++b) {
-        const uint8_t* w[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            w[r] = base + r * row_bytes + b * kBytes;
-            prefetch(w[r] + kBytesAhead);
-            if (!kInt4) prefetch(w[r] + kBytesAhead + 64);
-        }
-        block(w, b);
-    }
-    if (whole < blocks) {
-        uint8_t last[kRows][kBytes] = {};
-        const uint8_t* w[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            std::memcpy(last[r], base + r * row_bytes + whole * kBytes, static_cast<size_t>(row_bytes - whole * kBytes));
-            w[r] = last[r];
-        }
-        if (kBlocks) {
-            // The last 128 inputs may have fewer groups than four; the row's scales end with the last that exists.
-            float own[kRows][4];
-            for (int r = 0; r < kRows; ++r) {
-                for (int64_t g = 0; g < 4; ++g)
-                    own[r][g] = scales[r][smaller((whole * 4 + g) / groups_per_block, weight.scale_stride - 1)];
-                scales[r] = own[r];
-            }
-            const int16_t* values[kTokens];
-            float x_scales[kTokens];
-            for (int t = 0; t < kTokens; ++t) {
-                values[t] = x[t].values + whole * 128;
-                x_scales[t] = x[t].scales[whole];
-            }
-            if constexpr (kInt4) {
-                i4_block<kTokens, kRows, kBlocks>(w, values, x_scales, scales, 0, 1, sums);
-            } else {
-                const int8_t* numbers[kRows];
-                for (int r = 0; r < kRows; ++r) numbers[r] = reinterpret_cast<const int8_t*>(w[r]);
-                i8_block<kTokens, kRows, kBlocks>(numbers, values, x_scales, scales, 0, 1, sums);
-            }
-        } else {
-            block(w, whole);
+            i8_block<kTokens, kRows, kScales>(numbers, values, x_scales, scales, sums);
         }
     }
     for (int r = 0; r < kRows; ++r) {
-        const float scale = !kBlocks && weight.scales ? weight.scales[(n + r) * weight.scale_stride] : 1.0f;
+        const float scale =
+            kScales == Scales::row && weight.scales ? weight.scales[(n + r) * weight.scale_stride] : 1.0f;
         for (int t = 0; t < kTokens; ++t) y[t * y_stride + r] = sum(sums[t][r]) * scale;
     }
 }
 
-template <bool kInt4, int kTokens, bool kBlocks>
+template <bool kInt4, int kTokens, Scales kScales>
 inline void integer_rows(const Matrix& weight, const IntegerRow* x, int64_t begin, int64_t end, float* y,
                          int64_t y_stride) {
     constexpr int kRows = kTokens > 1 && W == 16 ? 2 : 1;  // one row at a time is read fastest
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows)
-        integer_tile<kInt4, kTokens, kRows, kBlocks>(weight, x, n, y + (n - begin), y_stride);
-    for (; n < end; ++n) integer_tile<kInt4, kTokens, 1, kBlocks>(weight, x, n, y + (n - begin), y_stride);
+        integer_tile<kInt4, kTokens, kRows, kScales>(weight, x, n, y + (n - begin), y_stride);
+    for (; n < end; ++n) integer_tile<kInt4, kTokens, 1, kScales>(weight, x, n, y + (n - begin), y_stride);
 }
 
-template <bool kInt4, bool kBlocks>
+template <bool kInt4, Scales kScales>
 inline void integer_tokens(const Matrix& weight, const IntegerRow* x, int64_t tokens, int64_t begin, int64_t end,
                            float* y, int64_t y_stride) {
     switch (tokens) {
-        case 1: integer_rows<kInt4, 1, kBlocks>(weight, x, begin, end, y, y_stride); break;
-        case 2: integer_rows<kInt4, 2, kBlocks>(weight, x, begin, end, y, y_stride); break;
-        case 3: integer_rows<kInt4, 3, kBlocks>(weight, x, begin, end, y, y_stride); break;
-        default: integer_rows<kInt4, 4, kBlocks>(weight, x, begin, end, y, y_stride); break;
+        case 1: integer_rows<kInt4, 1, kScales>(weight, x, begin, end, y, y_stride); break;
+        case 2: integer_rows<kInt4, 2, kScales>(weight, x, begin, end, y, y_stride); break;
+        case 3: integer_rows<kInt4, 3, kScales>(weight, x, begin, end, y, y_stride); break;
+        default: integer_rows<kInt4, 4, kScales>(weight, x, begin, end, y, y_stride); break;
     }
 }
 
 inline void integer_products(const Matrix& weight, const IntegerRow* x, int64_t tokens, int64_t begin, int64_t end,
                              float* y, int64_t y_stride) {
     const bool int4 = weight.dtype == Dtype::i4;
-    if (weight.block) {
-        if (int4) integer_tokens<true, true>(weight, x, tokens, begin, end, y, y_stride);
-        else integer_tokens<false, true>(weight, x, tokens, begin, end, y, y_stride);
+    if (!weight.block) {
+        if (int4) integer_tokens<true, Scales::row>(weight, x, tokens, begin, end, y, y_stride);
+        else integer_tokens<false, Scales::row>(weight, x, tokens, begin, end, y, y_stride);
+    } else if (weight.block == 128) {
+        if (int4) integer_tokens<true, Scales::block>(weight, x, tokens, begin, end, y, y_stride);
+        else integer_tokens<false, Scales::block>(weight, x, tokens, begin, end, y, y_stride);
     } else {
-        if (int4) integer_tokens<true, false>(weight, x, tokens, begin, end, y, y_stride);
-        else integer_tokens<false, false>(weight, x, tokens, begin, end, y, y_stride);
+        if (int4) integer_tokens<true, Scales::group>(weight, x, tokens, begin, end, y, y_stride);
+        else integer_tokens<false, Scales::group>(weight, x, tokens, begin, end, y, y_stride);
     }
 }
 

@@ -137,7 +137,7 @@ inline void direct_tile(const typename Numbers::Stored* w, int64_t width, const 
 template <class Numbers, int kTokens>
 inline void direct_products(const Matrix& weight, const float* x, int64_t x_stride, int64_t begin, int64_t end,
                             float* y, int64_t y_stride) {
-    constexpr int kRows = kTokens <= 2 ? 1 : 2;
+    constexpr int kRows = 1;
     const auto* w = static_cast<const typename Numbers::Stored*>(weight.data);
     int64_t n = begin;
     for (; n + kRows <= end; n += kRows)
