@@ -89,7 +89,7 @@ Element = Read | Scaled | Rounded | Truncated | Choice
 
 def axis(name: str, size: Dim) -> Number:
     """The index along a dimension: a symbol, or 0 where there is one element only."""
-    return 0 if size == 1 else Symbolic.of(name)
+    return 0 if size == 1 else Symbolic.of(f"@{name}")  # no name that a user would give to a dimension
 
 
 def within(indices: Sequence[Number], sizes: Sequence[Dim]) -> Formula:

@@ -76,8 +76,12 @@ class Plan:
         self.num_slots = len(slots)
 
 
+#: Where a constant may be float32 instead of half precision, without any difference to the result.
+_WIDENED = {("matrix_multiply", 1), ("linear", 1), ("embedding", 2)}
+
+
 def _values_only_multiplied(graph: Graph) -> set[Value]:
-    """Half-precision constants that are only ever right-hand sides of matrix products.
+    """Half-precision constants that are right-hand sides of matrix products, and maybe an embedding's table.
 
     NumPy multiplies matrices fast in float32 alone, so these are widened once instead of at every call. The product is
     computed in float32 either way: the result is the same.
@@ -87,11 +91,14 @@ def _values_only_multiplied(graph: Graph) -> set[Value]:
         for operation in graph.operations
         if operation.kind == "constant" and operation.results[0].type.dtype in ("f16", "bf16")
     }
+    multiplied = set()
     for operation in graph.operations:
         for index, operand in enumerate(operation.operands):
-            if operation.kind != "matrix_multiply" or index != 1:
+            if (operation.kind, index) not in _WIDENED:
                 narrow.discard(operand)
-    return narrow.difference(graph.outputs)
+            elif operation.kind != "embedding":
+                multiplied.add(operand)
+    return (narrow & multiplied).difference(graph.outputs)
 
 
 def _last_uses(graph: Graph) -> dict[Value, Operation | None]:

@@ -137,5 +137,5 @@ def test_elements_are_followed_to_where_they_come_from(seed: int) -> None:
     if element.value is not graph.inputs[0].value:
         return  # it stopped on the way, where it was not sure
     for index in np.ndindex(*result.shape):
-        values = {f"i{i}": place for i, place in enumerate(index)}
+        values = {f"@i{i}": place for i, place in enumerate(index)}
         assert source[tuple(value(each, values) for each in element.index)] * 1.5 == result[index]

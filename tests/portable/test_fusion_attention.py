@@ -156,6 +156,17 @@ def test_variants(name: str) -> None:
     assert_close(fused, plain, [random(B, 3, 3 * E)])
 
 
+@pytest.mark.parametrize("name", ["t", "c", "b"])
+def test_dimensions_may_have_any_name(name: str) -> None:
+    tokens = tp.NamedDimension(name, *TOKENS)
+    infos = [tp.InputInfo((B, tokens, 3 * E), dtype=tp.float32)]
+    fused, plain = both(stateless(CAUSAL), *infos)
+    assert kinds(fused)["attention"] == 1
+    assert_close(fused, plain, [random(B, 3, 3 * E)])
+    fused, _ = both(stateless(OTHER_MASKS["the diagonal"]), *infos)
+    assert "attention" not in kinds(fused)
+
+
 def test_scores_that_are_wanted_themselves_stay() -> None:
     def program(x: tp.Tensor) -> list[tp.Tensor]:
         scores = (split(x, 0) * 0.5) @ tp.transpose(split(x, 1), 2, 3)
