@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fused_graphs import WEIGHT_DTYPES, Shape, add_input, constant, linear_graph, model_graph, random_weight
 
-from nvtripy_portable import fused, interpreter
+from nvtripy_portable import interpreter, reference
 from nvtripy_portable.cpu.executor import Executor
 from nvtripy_portable.graph import DTYPES, Graph, Operation, TensorType
 from nvtripy_portable.plan import Plan
@@ -62,7 +62,7 @@ def tolerance_of(weight: np.ndarray, scale: np.ndarray | None, dtype: str, x: np
     Here six times as much is allowed."""
     if dtype not in ("i8", "i4"):
         return EXACT
-    rows = fused._rows(weight, scale, dtype, x.shape[-1])
+    rows = reference.widened_rows(weight, scale, dtype, x.shape[-1])
     step = np.abs(x).max() / 32767
     return 6 * step / np.sqrt(12) * np.linalg.norm(rows, axis=1) + 1e-6
 

@@ -54,7 +54,7 @@ def run_recorded(graph: Graph, inputs: list[np.ndarray]) -> dict[Value, np.ndarr
     for step, operation in zip(plan.steps, computed, strict=True):
         step.function = watched(operation, step.function)
     executable = Executable(graph)
-    executable._plan = plan
+    executable._runner = plan
     executable.run(inputs)
     return recorded
 
