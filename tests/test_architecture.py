@@ -158,7 +158,9 @@ def test_rooms_import_only_what_is_below_them(file: Path) -> None:
     room = room_of(file)
     allowed = DOOR if room in DOOR else ROOMS[ROOMS.index(room) :]
     for imported, line in rooms_imported(file).items():
-        assert imported in allowed or imported == COMPILED.get(room), f"{file.relative_to(ROOT)}:{line}: {room} must not know {imported}"
+        assert imported in allowed or imported == COMPILED.get(room), (
+            f"{file.relative_to(ROOT)}:{line}: {room} must not know {imported}"
+        )
 
 
 @pytest.mark.parametrize("file", portable_files(), ids=lambda file: str(file.relative_to(PORTABLE)))

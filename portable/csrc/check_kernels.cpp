@@ -179,11 +179,11 @@ void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t wid
 int main() {
     for (const std::string& name : available_isas()) {
         const Kernels& kernels = kernels_for(name);
-        for (const int threads : {1, 3, 2}) {
+        for (const int threads : {1, 3}) {
             ThreadPool::instance().set_threads(threads);
             for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::i8, Dtype::i4, Dtype::f8}) {
-                for (const int64_t tokens : {1, 2, 3, 4, 5, 9, 17}) {
-                    for (const int64_t width : {1, 31, 130, 515}) check_linear(kernels, dtype, tokens, 13, width, 0);
+                for (const int64_t tokens : {1, 3, 4, 5, 9}) {
+                    for (const int64_t width : {1, 31, 515}) check_linear(kernels, dtype, tokens, 13, width, 0);
                     for (const int64_t block : {32, 96, 128}) check_linear(kernels, dtype, tokens, 5, block * 3, block);
                     check_rows(kernels, dtype, tokens, 33);
                 }
