@@ -3,7 +3,7 @@ give in the same run.
 
     python benchmarks/kernels.py [--threads N] [--context 64] [--repeat 20] [--only f16,i8]
 
-Decode: the share of read bandwidth is (bytes of weights and of the filled cache) / time / bandwidth, where the bandwidth
+Decode: the share of bandwidth is (bytes of weights and of the filled cache) / time / bandwidth, where the bandwidth
 is that of reading a buffer of 256 MB with the same threads, turn by turn with the decoding steps. Prefill: the share of
 the FMA peak, which is measured with products of a matrix that stays in the first-level cache.
 """
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,13 @@ BUFFER = 256 << 20  # bytes: eight times a large third-level cache
 
 def weight_bytes(graph: Graph) -> int:
     """Of everything that a step reads of the linear operations."""
-    arrays = {id(each.constant): each.constant for op in graph.operations if op.kind == "linear" for each in op.operands if each}
+    arrays = {
+        id(each.constant): each.constant
+        for op in graph.operations
+        if op.kind == "linear"
+        for each in op.operands
+        if each
+    }
     return sum(array.nbytes for array in arrays.values() if array is not None)
 
 
@@ -93,8 +100,8 @@ def main() -> None:
         position = np.array([options.context], np.int32)
         kept = [cache]
 
-        def step(executor: Executor = executor, kept: list = kept, position: np.ndarray = position) -> None:
-            _, kept[0] = executor.run([token, position, kept[0], last])
+        def step(executor: Executor = executor, kept: list = kept, at: tuple = (token, position, last)) -> None:
+            _, kept[0] = executor.run([at[0], at[1], kept[0], at[2]])
 
         # The best of many short turns: other programs on the machine only ever take time away.
         reads, steps = [], []
@@ -107,7 +114,7 @@ def main() -> None:
         for length in lengths:
             prompt = np.arange(length, dtype=np.int32)[None]
             start, end = empty_cache(GPT2, "f16"), np.array([length - 1], np.int32)
-            took = min(timed(lambda p=prompt, c=start, e=end: executor.run([p, last, c, e])) for _ in range(4))
+            took = min(timed(partial(executor.run, [prompt, last, start, end])) for _ in range(4))
             macs = GPT2.layers * 12 * GPT2.width**2 * length
             print(f" {took * 1e3:9.1f} ms {macs / took / peak:7.0%}", end="", flush=True)
         print()

@@ -78,9 +78,7 @@ def linear_graph(
     residual = add_input(graph, "residual", "f32", (*shape, len(weight))) if has_residual else None
     if norm is not None:
         scales = [constant(graph, each) for each in norm]
-        x = graph.add(
-            Operation("layer_norm", [x, *scales], {"epsilon": 1e-5, "dtype": "f32"}, [start.type])
-        ).results[0]
+        x = graph.add(Operation("layer_norm", [x, *scales], {"epsilon": 1e-5, "dtype": "f32"}, [start.type])).results[0]
     if residual is not None:
         # As in a model, a residual comes with the same rows: here through an operation that changes nothing.
         zero = np.zeros((len(weight), width), np.float32)
@@ -99,9 +97,7 @@ def linear_graph(
     }
     type = TensorType("f32", (*start.type.shape[:2], len(weight)))
     extra = [constant(graph, pre_scale), constant(graph, input_scale)]
-    graph.outputs = [
-        graph.add(Operation("linear", [x, *operands, residual, *extra], attributes, [type])).results[0]
-    ]
+    graph.outputs = [graph.add(Operation("linear", [x, *operands, residual, *extra], attributes, [type])).results[0]]
     return graph
 
 

@@ -14,12 +14,32 @@ inline void scaled_run(const typename Numbers::Stored* p, int64_t count, float s
     if (i < count) store_part(y + i, mul(load_part<Numbers>(p + i, count - i), by), count - i);
 }
 
+// 16 bytes as 32 numbers. As a word each byte has its second number in the high half already; the first is brought to
+// the place of the low byte.
+inline void unpack_32(const uint8_t* packed, int8_t* values) {
+    uint16_t words[16];
+    for (int j = 0; j < 16; ++j) {
+        const uint16_t both = static_cast<uint16_t>((packed[j] & 15) | ((packed[j] & 0xf0) << 4));
+        words[j] = static_cast<uint16_t>((both ^ 0x0808) | 0x8080);
+    }
+    // Each byte is 128 + 8 + the number by now.
+    int8_t bytes[32];
+    std::memcpy(bytes, words, sizeof bytes);
+    for (int j = 0; j < 32; ++j) values[j] = static_cast<int8_t>(static_cast<uint8_t>(bytes[j]) - 136);
+}
+
 // `first` is even.
 inline void scaled_run_i4(const uint8_t* bytes, int64_t first, int64_t count, float scale, float* y) {
     const F by = set1(scale);
     bytes += first / 2;
     for (int64_t i = 0; i < count; i += 32) {
         const int64_t here = smaller<int64_t>(32, count - i);
+        if (here == 32) {
+            alignas(32) int8_t values[32];
+            unpack_32(bytes + i / 2, values);
+            for (int j = 0; j < 32; j += W) store(y + i + j, mul(load_i8(values + j), by));
+            continue;
+        }
         uint8_t packed[16] = {};
         std::memcpy(packed, bytes + i / 2, static_cast<size_t>((here + 1) / 2));
         int8_t values[32];
@@ -27,11 +47,7 @@ inline void scaled_run_i4(const uint8_t* bytes, int64_t first, int64_t count, fl
             values[2 * j] = static_cast<int8_t>(((packed[j] & 15) ^ 8) - 8);
             values[2 * j + 1] = static_cast<int8_t>(((packed[j] >> 4) ^ 8) - 8);
         }
-        if (here == 32) {
-            for (int j = 0; j < 32; j += W) store(y + i + j, mul(load_i8(values + j), by));
-        } else {
-            for (int64_t j = 0; j < here; ++j) y[i + j] = static_cast<float>(values[j]) * scale;
-        }
+        for (int64_t j = 0; j < here; ++j) y[i + j] = static_cast<float>(values[j]) * scale;
     }
 }
 

@@ -1209,9 +1209,9 @@ def widened_rows(weight: Array, scale: Array | None, weight_dtype: str, width: i
 
     `scale` is None, a scalar, (N,), or (N, width / block) for blocks along each row.
     """
+    rows = (unpack_int4(weight, width) if weight_dtype == "i4" else weight).astype(np.float32, copy=scale is not None)
     if scale is None:
-        return weight.astype(np.float32, copy=False)
-    rows = (unpack_int4(weight, width) if weight_dtype == "i4" else weight).astype(np.float32)
+        return rows
     if scale.ndim == 2:
         blocks = rows.reshape(len(rows), scale.shape[1], -1)
         blocks *= scale[:, :, None]

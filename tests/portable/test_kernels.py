@@ -19,6 +19,8 @@ TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64)
 
 #: Float32 sums in another order: some last places of the largest term.
 EXACT = {"rtol": 2e-5, "atol": 2e-5}
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("NVTRIPY_PORTABLE_ISA", request.param)
@@ -39,7 +41,9 @@ def both(graph: Graph, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], list
     results = []
     for count in (1, 2, 3):
         native.set_threads(count)
-        results.append([np.asarray(each if isinstance(each, np.ndarray) else each.copy()) for each in executor.run(inputs)])
+        results.append(
+            [np.asarray(each if isinstance(each, np.ndarray) else each.copy()) for each in executor.run(inputs)]
+        )
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a.tobytes() == b.tobytes(), "the result depends on the number of threads"
@@ -56,7 +60,9 @@ def check(graph: Graph, inputs: list[np.ndarray], tolerance: dict[str, float] | 
             np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), **tolerance)
 
 
-def tolerance_of(weight: np.ndarray, scale: np.ndarray | None, dtype: str, x: np.ndarray) -> dict[str, float] | np.ndarray:
+def tolerance_of(
+    weight: np.ndarray, scale: np.ndarray | None, dtype: str, x: np.ndarray
+) -> dict[str, float] | np.ndarray:
     """int8 and int4 weights meet inputs rounded to 16 bits of the largest among 128. The errors are independent, and
     uniform within a step of that grid: a product is off by the step / sqrt(12) * the norm of the weights, on average.
     Here six times as much is allowed."""
@@ -197,7 +203,15 @@ def test_embedding_takes_indices_as_numpy_does(isa: str, tables: str) -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
-    [("f32", None), ("f16", None), ("bf16", None), ("i8", "i8"), ("f16", "i8"), ("f16", "f8e4m3fn"), ("f32", "f8e4m3fn")],
+    [
+        ("f32", None),
+        ("f16", None),
+        ("bf16", None),
+        ("i8", "i8"),
+        ("f16", "i8"),
+        ("f16", "f8e4m3fn"),
+        ("f32", "f8e4m3fn"),
+    ],
 )
 def test_attention_over_a_cache(isa: str, dtype: str, rounding: str | None, tokens: int) -> None:
     random = np.random.default_rng([tokens, *dtype.encode()])
@@ -218,7 +232,11 @@ def test_attention_over_a_cache(isa: str, dtype: str, rounding: str | None, toke
         types = [TensorType("f32", (*qkv.type.shape[:2], heads * size)), cache.type]
         operation = graph.add(Operation("attention", [qkv, cache, position, *scales], attributes, types))
         graph.outputs = operation.results
-        before = 100 * random.standard_normal(cache.type.shape) if rounding == "i8" else random.standard_normal(cache.type.shape)
+        before = (
+            100 * random.standard_normal(cache.type.shape)
+            if rounding == "i8"
+            else random.standard_normal(cache.type.shape)
+        )
         before = before.astype(np.float32).clip(-127, 127).astype(DTYPES[dtype])
         x = random.standard_normal((2, tokens, 3 * heads * size)).astype(np.float32)
         for position_of in ((0, context - tokens), (min(257, context - tokens), 5), (context - 1, -1)):

@@ -1,0 +1,201 @@
+// Runs the kernels over odd shapes on every instruction set of this CPU, on one to three threads, each array in an
+// allocation of its own: what the sanitizers are to look at. Says what differs from plain loops; ends with 1 if anything
+// does. The thorough comparison is tests/portable/test_kernels.py.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "isa.h"
+#include "program.h"
+
+using namespace nvtripy_portable;
+
+namespace {
+
+std::mt19937 random_bits(1);
+int failures = 0;
+
+float uniform() { return std::uniform_real_distribution<float>(-1, 1)(random_bits); }
+
+std::vector<float> floats(int64_t count) {
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = uniform();
+    return values;
+}
+
+// Stored numbers, exactly as many bytes as they need, and what they stand for.
+struct Stored {
+    std::vector<uint8_t> bytes;
+    std::vector<float> numbers;
+};
+
+Stored stored(Dtype dtype, int64_t rows, int64_t width) {
+    Matrix form;
+    form.dtype = dtype;
+    form.width = width;
+    Stored result{std::vector<uint8_t>(static_cast<size_t>(rows * form.row_bytes())), {}};
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < width; ++i) {
+            uint8_t* at = result.bytes.data() + row * form.row_bytes();
+            const int code = static_cast<int>(random_bits() % 15) - 7;
+            switch (dtype) {
+                case Dtype::f32: {
+                    const float value = static_cast<float>(code);
+                    std::memcpy(at + i * 4, &value, 4);
+                    break;
+                }
+                case Dtype::bf16: {
+                    const float value = static_cast<float>(code);
+                    std::memcpy(at + i * 2, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+                    break;
+                }
+                case Dtype::f16: {
+                    const uint16_t bits = static_cast<uint16_t>((code < 0 ? 0x8000 : 0) | (0x3c00 + 0x40 * std::abs(code)));
+                    std::memcpy(at + i * 2, &bits, 2);  // 1 + |code| / 16
+                    break;
+                }
+                case Dtype::i8: at[i] = static_cast<uint8_t>(code); break;
+                case Dtype::f8: at[i] = static_cast<uint8_t>((code < 0 ? 0x80 : 0) | (0x38 + std::abs(code))); break;
+                case Dtype::i4: at[i / 2] = static_cast<uint8_t>(at[i / 2] | ((code & 15) << (i % 2 * 4))); break;
+            }
+            const int magnitude = std::abs(code), sign = code < 0 ? -1 : 1;
+            float number = static_cast<float>(code);
+            if (dtype == Dtype::f16) number = static_cast<float>(sign) * (1 + static_cast<float>(magnitude) / 16);
+            if (dtype == Dtype::f8) number = static_cast<float>(sign) * (1 + static_cast<float>(magnitude) / 8);
+            result.numbers.push_back(number);
+        }
+    return result;
+}
+
+void expect(const char* what, const char* isa, double got, double wanted, double scale) {
+    if (std::fabs(got - wanted) <= 1e-4 * scale + 1e-5) return;
+    if (++failures < 20) std::printf("%s on %s: expected %g but got %g\n", what, isa, wanted, got);
+}
+
+void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t rows, int64_t width, int64_t block) {
+    const Stored weight = stored(dtype, rows, width);
+    const int64_t blocks = block ? width / block : 1;
+    const std::vector<float> scales = floats(rows * blocks), bias = floats(rows), x = floats(tokens * width);
+    Operation linear;
+    linear.x = 0;
+    linear.y = 1;
+    linear.stage.width = width;
+    linear.weight = {weight.bytes.data(), dtype, rows, width, scales.data(), blocks, block, false};
+    linear.bias = bias.data();
+    Program program(kernels, {linear}, {kNone, kNone}, {width, rows}, {0}, {1});
+    std::vector<float> y(static_cast<size_t>(tokens * rows));
+    program.run({}, {}, {{const_cast<float*>(x.data()), 1, tokens}}, {{y.data(), 1, tokens}});
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t n = 0; n < rows; ++n) {
+            double sum = bias[static_cast<size_t>(n)], size = 1;
+            for (int64_t i = 0; i < width; ++i) {
+                const double term = double(weight.numbers[static_cast<size_t>(n * width + i)]) *
+                                    x[static_cast<size_t>(t * width + i)] *
+                                    scales[static_cast<size_t>(n * blocks + (block ? i / block : 0))];
+                sum += term;
+                size += std::fabs(term);
+            }
+            expect("linear", kernels.name, y[static_cast<size_t>(t * rows + n)], sum, size);
+        }
+}
+
+void check_attention(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t context, int64_t size, int32_t first) {
+    const int64_t batch = 2, heads = 3, width = heads * size;
+    const std::vector<float> qkv = floats(batch * tokens * 3 * width);
+    std::vector<int32_t> position = {first, 0};
+    Operation attention;
+    attention.kind = Kind::attention;
+    attention.x = 0;
+    attention.y = 1;
+    attention.position = 0;
+    attention.cache = 0;
+    attention.heads = heads;
+    attention.head_size = size;
+    const int64_t number = dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2;
+    std::vector<uint8_t> cache(static_cast<size_t>(2 * batch * width * context * number));
+    Program program(kernels, {attention}, {kNone, kNone}, {3 * width, width}, {0}, {1});
+    std::vector<float> y(static_cast<size_t>(batch * tokens * width));
+    program.run({{position.data(), batch, 1}}, {{cache.data(), dtype, 1, batch, heads, context, size}},
+                {{const_cast<float*>(qkv.data()), batch, tokens}}, {{y.data(), batch, tokens}});
+    if (dtype != Dtype::f32) return;
+    // The second sequence begins: token t sees tokens 0 to t.
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t h = 0; h < heads; ++h) {
+            const auto at = [&](int64_t token, int64_t part, int64_t d) {
+                return double(qkv[static_cast<size_t>(((tokens + token) * 3 + part) * width + h * size + d)]);
+            };
+            std::vector<double> sums(static_cast<size_t>(size));
+            double total = 0;
+            for (int64_t j = 0; j <= std::min(t, context - 1); ++j) {
+                double score = 0;
+                for (int64_t d = 0; d < size; ++d) score += at(t, 0, d) * at(j, 1, d);
+                total += std::exp(score);
+                for (int64_t d = 0; d < size; ++d) sums[static_cast<size_t>(d)] += std::exp(score) * at(j, 2, d);
+            }
+            for (int64_t d = 0; d < size; ++d)
+                expect("attention", kernels.name, y[static_cast<size_t>((tokens + t) * width + h * size + d)],
+                       sums[static_cast<size_t>(d)] / total, 1);
+        }
+}
+
+void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t width) {
+    const Stored table = stored(dtype, 5, width), positions = stored(Dtype::bf16, tokens + 3, width);
+    const std::vector<float> scale = floats(width), bias = floats(width);
+    std::vector<int32_t> ids(static_cast<size_t>(2 * tokens)), first = {0, 3}, last = {0, -1};
+    for (int32_t& id : ids) id = static_cast<int32_t>(random_bits() % 10) - 5;
+    Operation embedding, norm, rows;
+    embedding.kind = Kind::embedding;
+    embedding.y = 0;
+    embedding.tokens = 0;
+    embedding.position = 1;
+    embedding.weight = {table.bytes.data(), dtype, 5, width, nullptr, 0, 0, false};
+    embedding.positions = {positions.bytes.data(), Dtype::bf16, tokens + 3, width, nullptr, 0, 0, false};
+    norm.kind = Kind::layer_norm;
+    norm.x = 0;
+    norm.y = 1;
+    norm.stage.width = width;
+    norm.stage.norm_scale = scale.data();
+    norm.stage.norm_bias = bias.data();
+    rows.kind = Kind::last_rows;
+    rows.x = 1;
+    rows.y = 2;
+    rows.last = 2;
+    Program program(kernels, {embedding, norm, rows}, {0, 1, kNone}, {width, width, width}, {}, {2});
+    std::vector<float> y(static_cast<size_t>(2 * width));
+    program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {{y.data(), 2, 1}});
+    first[1] = 4;
+    try {
+        program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {{y.data(), 2, 1}});
+        expect("an index beyond the table", kernels.name, 1, 0, 0);
+    } catch (const IndexError&) {
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (const std::string& name : available_isas()) {
+        const Kernels& kernels = kernels_for(name);
+        for (const int threads : {1, 3}) {
+            ThreadPool::instance().set_threads(threads);
+            for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::i8, Dtype::i4, Dtype::f8}) {
+                for (const int64_t tokens : {1, 3, 4, 5, 9}) {
+                    for (const int64_t width : {1, 31, 515}) check_linear(kernels, dtype, tokens, 13, width, 0);
+                    for (const int64_t block : {32, 96, 128}) check_linear(kernels, dtype, tokens, 5, block * 3, block);
+                    check_rows(kernels, dtype, tokens, 33);
+                }
+                if (dtype == Dtype::i4 || dtype == Dtype::f8) continue;
+                for (const int64_t size : {3, 16, 40})
+                    for (const int64_t tokens : {1, 2, 7}) {
+                        check_attention(kernels, dtype, tokens, 300, size, 290);
+                        check_attention(kernels, dtype, tokens, 5, size, -1);
+                    }
+            }
+        }
+        std::printf("%s: %s\n", name.c_str(), failures ? "failed" : "passed");
+    }
+    return failures ? 1 : 0;
+}
