@@ -109,11 +109,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time"
     )
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="of the portable runtime (default: the cores that it may use)"
+    )
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
     options.quantization = quantization.config_from(options) if quantization.is_asked_for(options) else None
-    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
-        if getattr(options, name) < least:
+    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("threads", 1)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
             raise UsageError(
                 f"expected --{name.replace('_', '-')} to be at least {least} but got {getattr(options, name)}"
             )
@@ -296,6 +299,8 @@ def run(options: argparse.Namespace) -> None:
         checkpoint = quantized(checkpoint, options.quantization)
     timing.loaded = time.perf_counter()
 
+    if options.threads is not None:
+        os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
     # These import nvtripy, which takes a moment: only once the input is known to be good.
     from engine import EngineError, open_engine
 

@@ -176,6 +176,11 @@ def test_help_and_readme_name_the_same_options() -> None:
             assert str(found) == default.strip("`")
 
 
+def test_the_text_does_not_depend_on_threads(answer: list[object]) -> None:
+    one, two = (execute(*answer, f"--threads={count}") for count in (1, 2))
+    assert one == two and one.code == 0
+
+
 def test_same_seed_same_text(ask: Ask) -> None:
     first, again, other = (ask(input_text="The", seed=seed).out for seed in (1, 1, 2))
     assert first == again != other
@@ -644,6 +649,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "temperature nan": (lambda p: [*PROMPT, "--temperature=nan"], "finite temperature .* but got nan"),
     "temperature infinite": (lambda p: [*PROMPT, "--temperature=inf"], "finite temperature .* but got inf"),
     "temperature text": (lambda p: [*PROMPT, "--temperature=hot"], "--temperature: invalid float value: 'hot'"),
+    "no threads": (lambda p: [*PROMPT, "--threads=0"], "expected --threads to be at least 1 but got 0"),
     "top-k negative": (lambda p: [*PROMPT, "--top-k=-1"], "expected --top-k to be at least 0 but got -1"),
     "top-p zero": (lambda p: [*PROMPT, "--top-p=0"], "expected top-p to be above 0 and at most 1 but got 0.0"),
     "top-p two": (lambda p: [*PROMPT, "--top-p=2"], "expected top-p to be above 0 and at most 1 but got 2.0"),
