@@ -4,8 +4,8 @@
 
 Decode: "of read" is (bytes of weights and of the filled cache) / time over the bandwidth of reading a buffer of 256 MB
 with the same threads, turn by turn with the decoding steps; the best of each counts. Prefill: GFLOP/s of the linear
-layers, over the whole time. The load of the machine is printed first: other programs on the same cores make all of these
-figures worthless, the shares too.
+layers, over the whole time. The load of the machine is printed first: other programs on the same cores make all of
+these figures worthless, the shares too.
 """
 
 from __future__ import annotations
