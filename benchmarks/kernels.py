@@ -1,16 +1,17 @@
-"""Bare decoding and prefill of GPT-2 124M's shapes with random weights, against what the machine's memory and FMA units
-give in the same run.
+"""Bare decoding and prefill of GPT-2 124M's shapes with random weights, against the machine's read bandwidth.
 
-    python benchmarks/kernels.py [--threads N] [--context 64] [--repeat 20] [--only f16,i8]
+    python benchmarks/kernels.py [--threads N] [--context 64] [--repeat 20] [--only f16,i8] [--prefill 64,512]
 
-Decode: the share of bandwidth is (bytes of weights and of the filled cache) / time / bandwidth, where the bandwidth
-is that of reading a buffer of 256 MB with the same threads, turn by turn with the decoding steps. Prefill: the share of
-the FMA peak, which is measured with products of a matrix that stays in the first-level cache.
+Decode: "of read" is (bytes of weights and of the filled cache) / time over the bandwidth of reading a buffer of 256 MB
+with the same threads, turn by turn with the decoding steps; the best of each counts. Prefill: GFLOP/s of the linear
+layers, over the whole time. The load of the machine is printed first: other programs on the same cores make all of
+these figures worthless, the shares too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "portable"), str(ROOT / "tests")]
 
-from fused_graphs import Shape, empty_cache, linear_graph, model_graph  # noqa: E402
+from fused_graphs import Shape, empty_cache, model_graph  # noqa: E402
 
 from nvtripy_portable.cpu.executor import Executor  # noqa: E402
 from nvtripy_portable.cpu.native import isa, load  # noqa: E402
@@ -61,14 +62,6 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def fma_peak(threads: int) -> float:
-    """Multiply-adds a second, of small products on all threads."""
-    executor = Executor.of(linear_graph(np.ones((48 * threads, 512), np.float32), None, "f32", 512))
-    assert executor is not None
-    x = np.ones((1, 128, 512), np.float32)
-    return 48 * threads * 512 * 128 / min(timed(lambda: executor.run([x])) for _ in range(500))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int)
@@ -85,11 +78,10 @@ def main() -> None:
     threads = native.threads()
     buffer = np.ones(BUFFER // 4, np.float32)
     native.read_all(isa(), buffer)
-    peak = fma_peak(threads)
-    print(f"{native.kernels_for(isa())}, {threads} threads; small products: {2e-9 * peak:.0f} GFLOP/s")
+    print(f"{native.kernels_for(isa())}, {threads} threads, load {os.getloadavg()[0]:.1f} before the first measurement")
     print(f"{'':6} {'GB/s read':>10} {'ms/token':>9} {'tokens/s':>9} {'of read':>8}", end="")
     lengths = [int(each) for each in options.prefill.split(",") if each]
-    print("".join(f" {f'prefill {each}':>12} {'of FMA':>7}" for each in lengths))
+    print("".join(f" {f'prefill {each}':>12} {'GFLOP/s':>8}" for each in lengths))
     for name in options.only.split(","):
         graph = model_graph(GPT2, cache_dtype="f16", **VARIANTS[name])  # type: ignore[arg-type]
         executor = Executor.of(graph)
@@ -116,7 +108,7 @@ def main() -> None:
             start, end = empty_cache(GPT2, "f16"), np.array([length - 1], np.int32)
             took = min(timed(partial(executor.run, [prompt, last, start, end])) for _ in range(4))
             macs = GPT2.layers * 12 * GPT2.width**2 * length
-            print(f" {took * 1e3:9.1f} ms {macs / took / peak:7.0%}", end="", flush=True)
+            print(f" {took * 1e3:9.1f} ms {2e-9 * macs / took:8.0f}", end="", flush=True)
         print()
     small = Executor.of(model_graph(SMALL, cache_dtype="f16", weight_dtype="f16"))
     assert small is not None
