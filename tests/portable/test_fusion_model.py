@@ -191,7 +191,7 @@ def test_a_saved_engine_is_small_and_computes_the_same() -> None:
     assert len(data) - weights < 500 * len(fused.operations)  # of which most are a name, shapes and lines of code
     inputs = [prompts(gpt.config, 3), np.zeros(2, np.int32), np.zeros(gpt.config.cache_shape(2), np.float32)]
     inputs.append(np.array([2, 1], np.int32))
-    for found, wanted in zip(deserialize(data).run(inputs), run(fused, inputs), strict=True):
+    for found, wanted in zip(run(deserialize(data).graph, inputs), run(fused, inputs), strict=True):
         assert found.tobytes() == wanted.tobytes()
 
 
