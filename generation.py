@@ -12,8 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
+from nvtripy_portable.top_k import top_k
+
 MAX_SEED = (1 << 64) - 1
-_GROUP = 64  # logits of which one maximum is taken
 
 
 class CachedModel(Protocol):
@@ -82,25 +83,7 @@ class Sampler:
         """Ids in falling order of their logits, the lower id first among equals; the first top-k of them."""
         if self._top_k is None or self._top_k >= len(logits):
             return np.argsort(-logits, kind="stable")
-        candidates = _reaching(logits, self._top_k)
-        if len(candidates) > 4 * self._top_k:
-            least = np.partition(logits[candidates], -self._top_k)[-self._top_k]
-            candidates = candidates[logits[candidates] >= least]
-        return candidates[np.argsort(-logits[candidates], kind="stable")][: self._top_k]
-
-
-def _reaching(logits: np.ndarray, count: int) -> np.ndarray:
-    """Ids, in rising order, among which are the ``count`` likeliest and all that equal the last of those.
-
-    As many groups of logits as are wanted have a maximum that reaches the bar, so that many logits reach it, and the
-    rest is out: one look at each logit, where selecting among all of them would take several.
-    """
-    groups = len(logits) // _GROUP
-    if groups <= count:
-        return np.arange(len(logits))
-    maxima = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)  # along rows, which vectorises
-    bar = np.partition(maxima, -count)[-count]
-    return np.flatnonzero(logits >= bar)
+        return top_k(logits, self._top_k)
 
 
 def generate(

@@ -31,13 +31,14 @@ PROGRAMS = (
     "model",
 )
 #: What programs may use of the portable runtime.
-SURFACE = {"nvtripy_portable", "nvtripy_portable.engine_file"}
+SURFACE = {"nvtripy_portable.engine_file", "nvtripy_portable.top_k.top_k"}
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
 LOOKS_INSIDE = ("evaluate",)
 
 #: The rooms of the portable runtime, from top to bottom. Each may import those below it and the modules of its own.
 ROOMS = (
     "engine_file",
+    "top_k",
     "bindings",
     "compiler",
     "passes",
@@ -55,8 +56,8 @@ ROOMS = (
     "packing",
     "dims",
 )
-#: The compiled module, which only this room knows.
-COMPILED = {"cpu": "_native"}
+#: The rooms that know the compiled module.
+COMPILED = {"cpu": "_native", "top_k": "_native"}
 #: Outside the house: they make `import nvtripy` find it, and import none of its rooms.
 DOOR = ("__init__", "__main__", "importing", "stack_info")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fused_graphs import WEIGHT_DTYPES, Shape, add_input, constant, linear_graph, model_graph, random_weight
 
-from nvtripy_portable import interpreter, reference
+from nvtripy_portable import interpreter, reference, top_k
 from nvtripy_portable.cpu.executor import Executor
 from nvtripy_portable.graph import DTYPES, Graph, Operation, TensorType
 from nvtripy_portable.plan import Plan
@@ -266,12 +266,15 @@ def test_the_whole_model_on_every_instruction_set(isa: str) -> None:
     check(graph, [ids], {"rtol": 1e-4, "atol": 1e-4})
 
 
-def test_top_k() -> None:
+@pytest.mark.parametrize("module", [native, None], ids=["native", "NumPy"])
+def test_top_k(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_k, "_native", module)
     random = np.random.default_rng(5)
     for count in (1, 5, 127, 128, 129, 50257):
         for k in (1, 2, 5, 40, 500):
             logits = random.integers(0, 50, count).astype(np.float32)  # with many equals
-            assert native.top_k(logits, k) == list(np.argsort(-logits, kind="stable")[:k])
+            expected = np.argsort(-logits, kind="stable")[:k]
+            np.testing.assert_array_equal(top_k.top_k(logits, k), expected)
 
 
 def test_copies_leave_out_zeros() -> None:

@@ -31,23 +31,3 @@ def load() -> Any | None:
 def isa() -> str:
     """The instruction set that ``NVTRIPY_PORTABLE_ISA`` forces; empty for the best that the CPU has."""
     return os.environ.get("NVTRIPY_PORTABLE_ISA", "")
-
-
-def set_threads(count: int) -> None:
-    """How many threads run a program from now on. Results do not depend on it.
-
-    Raises:
-        ValueError: less than one.
-    """
-    module = load()
-    if module is not None:
-        module.set_threads(count)
-
-
-def top_k(logits: Any, k: int) -> list[int] | None:
-    """Ids of the ``k`` largest of float32 logits (V,), in falling order, the lower id first among equals.
-
-    None where the native executor was not built.
-    """
-    module = load()
-    return None if module is None else module.top_k(logits, k)
