@@ -15,7 +15,7 @@ import numpy as np
 import openvino as ov
 from checkpoints import rounded
 from openvino import opset13 as op
-from openvino.op.util import VariableInfo
+from openvino.op.util import Variable, VariableInfo
 
 from modelopt_layout import BLOCK
 from weight_loader import CheckpointConfig
@@ -37,7 +37,8 @@ def _weight(array: np.ndarray, width: str) -> ov.Node:
     blocks = numbers.reshape(-1, 2)
     packed = (blocks[:, 0].view(np.uint8) & 0xF) | (blocks[:, 1].view(np.uint8) << 4)
     tensor = ov.Tensor(packed, [rows, columns // BLOCK, BLOCK], ov.Type.i4)
-    floats = op.multiply(op.convert(op.constant(tensor), "f16"), op.constant(scales[:, :, None]))
+    kept = op.constant(tensor, shared_memory=False)  # a copy: `packed` does not live long enough
+    floats = op.multiply(op.convert(kept, "f16"), op.constant(scales[:, :, None]))
     return op.convert(op.reshape(floats, _constant([rows, columns]), False), "f32")
 
 
@@ -64,7 +65,7 @@ class _Builder:
         """The keys or values so far (B, H, T, D), with the new ones at their end."""
         info = VariableInfo()
         info.data_shape, info.data_type, info.variable_id = ov.PartialShape([-1, heads, -1, size]), ov.Type.f32, name
-        variable = ov.op.util.Variable(info) if hasattr(ov, "op") else None
+        variable = Variable(info)
         batch = op.gather(op.shape_of(self.idx), _constant([0]), _constant(0))
         shape = op.concat([batch, _constant([heads]), _constant([0]), _constant([size])], 0)
         past = op.read_value(op.broadcast(op.constant(np.float32(0)), shape), variable)
@@ -96,7 +97,9 @@ class _Builder:
         return op.unsqueeze(floats, _constant([0, 1]))
 
     def build(self) -> ov.Model:
-        embedding = _weight(self.tensors["wte.weight"], self.width)
+        # Each has a weight of its own: the plug-in does not fuse the head's where the embedding uses it, too.
+        embedding = op.convert(op.constant(self.tensors["wte.weight"].astype(np.float16)), "f32")
+        head = _weight(self.tensors["wte.weight"], self.width)
         positions = op.convert(op.constant(self.tensors["wpe.weight"].astype(np.float16)), "f32")
         x = op.add(
             op.gather(embedding, self.idx, _constant(0)), op.gather(positions, self.position, _constant(0))
@@ -107,7 +110,7 @@ class _Builder:
             hidden = op.gelu(self.linear(self.norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc"), "tanh")
             x = op.add(x, self.linear(hidden, f"h.{layer}.mlp.c_proj"))
         last = op.gather(x, _constant([-1]), _constant(1))  # (B, 1, C)
-        logits = op.matmul(self.norm(last, "ln_f"), embedding, False, True)
+        logits = op.matmul(self.norm(last, "ln_f"), head, False, True)
         inputs = [self.idx, self.position, self.beam]
         return ov.Model([op.result(logits)], self.assignments, inputs, "gpt2")
 
