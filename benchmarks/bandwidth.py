@@ -25,9 +25,9 @@ def last_level_cache() -> int:
 class Bandwidth:
     """A buffer of at least four last-level caches, and threads that read it from end to end.
 
-    The reading is NumPy's maximum of int32: one vector instruction a load, and four loads under way at once, so that the
-    memory and not the arithmetic sets the pace. On two cores of an EPYC it read 36 to 37 GB/s where a loop in C with
-    AVX2 and OpenMP reached the same; NumPy's sum and BLAS's dot product stayed at 30.
+    The reading is NumPy's maximum of int32, which is made of vector instructions only, so that the memory and not the
+    arithmetic sets the pace. On two cores of an EPYC it was the fastest of NumPy's reductions, and read as much per
+    second as a loop in C with AVX2 and OpenMP; NumPy's sum and BLAS's dot product read less.
 
     Args:
         threads: How many read, each a part of its own.

@@ -18,13 +18,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs at the root
 
-import checkpoints
+import model_files
 import numpy as np
 import peers
 import report
@@ -32,7 +32,7 @@ from bandwidth import Bandwidth
 from peers import OURS, PEERS, Task
 from report import Record, Run
 from tqdm import tqdm
-from workers import Timed, Worker, WorkerError, fresh_start
+from workers import Timed, Worker, WorkerError, fresh_start, write_model
 
 from weight_loader import open_checkpoint
 
@@ -67,17 +67,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         UsageError: an unknown option, or a value out of its range.
     """
     others = [name for name in PEERS if name != OURS]
-    shapes = [name for name in checkpoints.SHAPES if name != "tiny"]
+    shapes = [name for name in model_files.SHAPES if name != "tiny"]
     parser = _Parser(prog="bench.py", description="Measure this project and its peers.", allow_abbrev=False)
     parser.add_argument(
         "--shapes",
         nargs="+",
         default=shapes,
-        choices=tuple(checkpoints.SHAPES),
+        choices=tuple(model_files.SHAPES),
         help="models: the sizes of gpt2 and gpt2-medium with random weights, the embedded one (default: all), tiny",
     )
     parser.add_argument(
-        "--widths", nargs="+", default=list(checkpoints.WIDTHS), choices=checkpoints.WIDTHS, help="(default: all)"
+        "--widths", nargs="+", default=list(model_files.WIDTHS), choices=model_files.WIDTHS, help="(default: all)"
     )
     parser.add_argument(
         "--peers",
@@ -99,7 +99,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--cache",
         metavar="DIR",
         type=Path,
-        default=checkpoints.cache_folder(),
+        default=model_files.cache_folder(),
         help="where the models are kept (default %(default)s)",
     )
     options = parser.parse_args(arguments)
@@ -122,7 +122,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("shapes", "widths", "peers"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
     # The widths in their own order: quantized ones are compared with a peer's fp16, where it has nothing else.
-    options.widths.sort(key=checkpoints.WIDTHS.index)
+    options.widths.sort(key=model_files.WIDTHS.index)
     return options
 
 
@@ -144,8 +144,8 @@ def set_threads(threads: int) -> None:
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
-_EXTENSIONS = ("avx2", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8")
-_ARM_EXTENSIONS = ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
+_EXTENSIONS = "avx2 f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16"
+_ARM_EXTENSIONS = "asimd asimdhp asimddp i8mm bf16 sve sve2"
 
 
 def machine() -> tuple[str, str]:
@@ -158,7 +158,7 @@ def machine() -> tuple[str, str]:
     except OSError:
         pass
     flags = fields.get("flags", fields.get("Features", "")).split()
-    known = [flag for flag in (*_EXTENSIONS, *_ARM_EXTENSIONS) if flag in flags]
+    known = [flag for flag in f"{_EXTENSIONS} {_ARM_EXTENSIONS}".split() if flag in flags]
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, f"{platform.machine()}{' with ' if known else ''}{' '.join(known)}"
 
@@ -171,16 +171,21 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def lengths(options: argparse.Namespace, context: int) -> dict[int, int]:
-    """What is asked for in each round: prompt length → tokens to generate, 1 where only prefill counts."""
-    steps = QUICK_STEPS if options.quick else STEPS
-    wanted: dict[int, int] = {}
-    for length in QUICK_LENGTHS if options.quick else PREFILL_LENGTHS:
-        wanted[min(length, context)] = 1
-    for length in QUICK_CONTEXTS if options.quick else DECODE_CONTEXTS:
-        # The last token needs no place in the context.
-        wanted[min(length, context - steps)] = steps + 1
-    return dict(sorted(wanted.items()))
+@dataclass(frozen=True)
+class Turn:
+    """What one engine is asked for."""
+
+    length: int  # of the prompt, in tokens
+    steps: int  # of decoding after it
+    is_prefill_wanted: bool
+
+
+def turns(quick: bool, context: int) -> list[Turn]:
+    """What every engine is asked for in each round, for a model with a context of so many tokens."""
+    prompts = {min(length, context) for length in (QUICK_LENGTHS if quick else PREFILL_LENGTHS)}
+    steps = QUICK_STEPS if quick else STEPS
+    contexts = {min(length, context - steps) for length in (QUICK_CONTEXTS if quick else DECODE_CONTEXTS)}
+    return [Turn(n, steps if n in contexts else 0, n in prompts) for n in sorted(prompts | contexts)]
 
 
 class Bench:
@@ -195,6 +200,7 @@ class Bench:
         self._options, self._engines = options, engines
         self._names = [OURS, *(name for name in PEERS if name in options.peers and self._is_installed(name))]
         self.broken: list[str] = []
+        self._written: set[tuple[str, str, str, Path]] = set()
         name, isa = machine()
         self.run = Run(
             machine=name,
@@ -207,6 +213,13 @@ class Bench:
             records=[],
         )
 
+    def _save(self) -> None:
+        """Writes the numbers so far: a run takes long, and may be interrupted."""
+        if self._options.json is not None:
+            shapes = dict.fromkeys(record.shape for record in self.run.records)
+            ratios = {s: report.ratios([r for r in self.run.records if r.shape == s]) for s in shapes}
+            self._options.json.write_text(json.dumps({**asdict(self.run), "ratios": ratios}, indent=1) + "\n")
+
     def _is_installed(self, name: str) -> bool:
         module = peers.missing(name)
         if module is not None:
@@ -217,20 +230,30 @@ class Bench:
         """Measures everything. Who cannot be measured is reported, and left out."""
         reader = Worker(Bandwidth, self._options.threads)
         for shape in self._options.shapes:
-            config = open_checkpoint(checkpoints.float_checkpoint(shape, self._options.cache)).config
+            config = open_checkpoint(model_files.float_checkpoint(shape, self._options.cache)).config
             widths = self._options.widths
-            self.run.weight_bytes[shape] = {width: checkpoints.bytes_per_token(config, width) for width in widths}
-            random = np.random.Generator(np.random.Philox(checkpoints.SEED))
+            self.run.weight_bytes[shape] = {width: model_files.bytes_per_token(config, width) for width in widths}
+            random = np.random.Generator(np.random.Philox(model_files.SEED))
             tokens = random.integers(0, config.vocab_size, config.n_positions).tolist()
-            wanted = lengths(self._options, config.n_positions)
+            wanted = turns(self._options.quick, config.n_positions)
             reference = self._reference(shape, tokens[:CHECK_PROMPT])
             for width in self._options.widths:
                 self._measure_group(shape, width, tokens, wanted, reference, reader)
+                self._save()
         reader.close()
         return self.run
 
-    def _task(self, shape: str, width: str, variant: str, engines: Path | None = None) -> Task:
-        return Task(shape, width, variant, self._options.threads, self._options.cache, engines)
+    def _task(self, record: Record, engines: Path | None = None) -> Task:
+        """What a process is told to load; the file is there when this returns.
+
+        Raises:
+            WorkerError: it cannot be made.
+        """
+        wanted = (record.peer, record.shape, record.width, self._options.cache)
+        if wanted not in self._written:
+            Worker(write_model, *wanted).close()
+            self._written.add(wanted)
+        return Task(model_files.model_file(*wanted), record.variant, self._options.threads, engines)
 
     def _reference(self, shape: str, prompt: list[int]) -> np.ndarray | None:
         """The logits that everybody's are compared with."""
@@ -238,7 +261,7 @@ class Bench:
         if module is not None:
             say(f"nobody's logits are checked: {module} is not installed")
             return None
-        worker = Worker(Timed, "transformers", self._task(shape, "fp16", "float32"))
+        worker = Worker(Timed, "transformers", self._task(Record(shape, "fp16", "transformers", "float32")))
         logits: np.ndarray = worker.call("logits", prompt)
         worker.close()
         return logits
@@ -253,7 +276,7 @@ class Bench:
         shape: str,
         width: str,
         tokens: list[int],
-        wanted: dict[int, int],
+        wanted: list[Turn],
         reference: np.ndarray | None,
         reader: Worker,
     ) -> None:
@@ -265,14 +288,14 @@ class Bench:
                 worker = self._started(record, tokens, reference)
                 if worker is not None:
                     workers.append((record, worker))
-        turns = self._options.runs * len(wanted) * len(workers)
-        with tqdm(total=turns, desc=f"{shape} {width}", unit="turn", file=sys.stderr, leave=False) as progress:
+        total = self._options.runs * len(wanted) * len(workers)
+        with tqdm(total=total, desc=f"{shape} {width}", unit="turn", file=sys.stderr, leave=False) as progress:
             for _ in range(self._options.runs):
                 self.run.bandwidth.append(reader.call("measure"))
-                for length, new in wanted.items():
+                for turn in wanted:
                     for record, worker in list(workers):
                         try:
-                            _note(record, length, worker.call("turn", tokens[:length], new))
+                            _note(record, turn, worker.call("turn", tokens[: turn.length], turn.steps + 1))
                         except WorkerError as error:
                             self._leave_out(record, error)
                             worker.close()
@@ -285,8 +308,7 @@ class Bench:
     def _started(self, record: Record, tokens: list[int], reference: np.ndarray | None) -> Worker | None:
         """A worker that has loaded its model, has been checked and is warm; or None."""
         try:
-            task = self._task(record.shape, record.width, record.variant, self._engines)
-            worker = Worker(Timed, record.peer, task)
+            worker = Worker(Timed, record.peer, self._task(record, self._engines))
         except WorkerError as error:
             self._leave_out(record, error)
             return None
@@ -310,12 +332,11 @@ class Bench:
         prompt, new = tokens[:START_PROMPT], QUICK_STEPS if self._options.quick else STEPS
         for _ in range(min(self._options.runs, STARTS)):
             for record in list(records):
-                task = self._task(record.shape, record.width, record.variant)
                 try:
+                    task = self._task(record)
                     if record.peer == OURS:
                         record.cold.append(fresh_start(OURS, task, prompt, 1)[0])
-                        saved = self._task(record.shape, record.width, record.variant, self._engines)
-                        seconds, peak = fresh_start(OURS, saved, prompt, new)
+                        seconds, peak = fresh_start(OURS, self._task(record, self._engines), prompt, new)
                         record.warm.append(seconds)
                     else:
                         seconds, peak = fresh_start(record.peer, task, prompt, new)
@@ -327,13 +348,14 @@ class Bench:
         self.run.records += records
 
 
-def _note(record: Record, length: int, responses: list[list[float]]) -> None:
+def _note(record: Record, turn: Turn, responses: list[list[float]]) -> None:
     """Adds one turn to a record: the median of its repetitions."""
-    record.prefill.setdefault(length, []).append(length / statistics.median(moments[0] for moments in responses))
-    steps = len(responses[0]) - 1
-    if steps:
+    if turn.is_prefill_wanted:
+        seconds = statistics.median(moments[0] for moments in responses)
+        record.prefill.setdefault(turn.length, []).append(turn.length / seconds)
+    if turn.steps:
         seconds = statistics.median(moments[-1] - moments[0] for moments in responses)
-        record.decode.setdefault(length, []).append(steps / seconds)
+        record.decode.setdefault(turn.length, []).append(turn.steps / seconds)
 
 
 def deviation(logits: np.ndarray, reference: np.ndarray) -> float:
@@ -351,9 +373,6 @@ def main() -> int:
             run = bench.measure()
         if not run.records:
             return _fail("nothing could be measured")
-        if options.json is not None:
-            ratios = {s: report.ratios([r for r in run.records if r.shape == s]) for s in options.shapes}
-            options.json.write_text(json.dumps({**asdict(run), "ratios": ratios}, indent=1) + "\n")
         if options.plot is not None:
             report.plot(run, options.plot)
         print(report.text(run, options.markdown), flush=True)

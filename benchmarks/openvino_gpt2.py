@@ -1,9 +1,9 @@
 """GPT-2 in OpenVINO's operations, with a key-value cache as its state.
 
-The `openvino` package alone has no way from a checkpoint to a model with a cache and quantized weights (optimum-intel and
-NNCF have), but its operations can be put together directly, in the patterns that its CPU plug-in recognises: integers →
-convert → scale → matrix multiplication becomes one linear operation on compressed weights, and read state → gather by
-beam → concatenate → attention becomes attention with a cache in place.
+The `openvino` package alone has no way from a checkpoint to a model with a cache and quantized weights (optimum-intel
+and NNCF have), but its operations can be put together directly, in the patterns that its CPU plug-in recognises:
+integers → convert → scale → matrix multiplication becomes one linear operation on compressed weights, and read state →
+gather by beam → concatenate → attention becomes attention with a cache in place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from checkpoints import rounded
+from model_files import rounded
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
 

@@ -1,12 +1,13 @@
 """The engines that are measured, each behind the same two questions: what are the next token's logits, and when does
 each token of a response come.
 
-Every class loads in its constructor and imports its package there: a process holds one engine and nothing of the others.
+Every class loads in its constructor and imports its package there: a process holds one engine, nothing of the others.
 All sample alike, temperature 0.8 among the 5 likeliest tokens, each with its own sampler.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Protocol
 
-import checkpoints
 import numpy as np
 
 TEMPERATURE, TOP_K, SEED = 0.8, 5, 1
@@ -25,11 +25,9 @@ OURS = "ours"
 class Task:
     """Which model to load, and how."""
 
-    shape: str
-    width: str  # one of checkpoints.WIDTHS
-    variant: str  # one of the peer's variants for this width
+    model: Path  # what model_files.model_file gave
+    variant: str  # one of the peer's variants for the width
     threads: int
-    cache: Path
     engines: Path | None = None  # ours only: where the compiled engine is saved
 
 
@@ -50,8 +48,7 @@ class Ours:
         from engine import open_engine
         from weight_loader import open_checkpoint
 
-        folder = checkpoints.checkpoint_folder(task.shape, task.width, task.cache)
-        self._engine = open_engine(open_checkpoint(folder), "float16", 1, task.engines)
+        self._engine = open_engine(open_checkpoint(task.model), "float16", 1, task.engines)
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
         self._engine.start()
@@ -81,9 +78,8 @@ class Transformers:
         logging.disable_progress_bar()
         torch.set_num_threads(task.threads)
         self._torch = torch
-        folder = checkpoints.float_checkpoint(task.shape, task.cache)
         dtype = getattr(torch, task.variant)
-        self._model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+        self._model = GPT2LMHeadModel.from_pretrained(task.model, dtype=dtype, attn_implementation="sdpa").eval()
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
         with self._torch.inference_mode():
@@ -109,7 +105,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp by its C interface, sampler included: the ``Llama`` class of its Python package is several times slower.
+    """llama.cpp by its C interface, sampler included: the ``Llama`` class of its Python package adds time of its own.
 
     Its defaults otherwise: a key-value cache in float16, flash attention where it deems it better.
     """
@@ -121,12 +117,11 @@ class LlamaCpp:
         self._log = api.llama_log_callback(lambda level, text, user_data: None)  # kept alive: C holds a pointer to it
         api.llama_log_set(self._log, None)
         api.llama_backend_init()
-        path = checkpoints.gguf_file(task.shape, task.width, task.cache)
         model_settings = api.llama_model_default_params()
         model_settings.n_gpu_layers = 0
-        self._model = api.llama_model_load_from_file(str(path).encode(), model_settings)
+        self._model = api.llama_model_load_from_file(str(task.model).encode(), model_settings)
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
+            raise RuntimeError(f"llama.cpp cannot load {task.model}")
         context = api.llama_model_n_ctx_train(self._model)
         settings = api.llama_context_default_params()
         settings.n_ctx = settings.n_batch = context
@@ -175,13 +170,14 @@ class CTranslate2:
         import ctranslate2
 
         self._package = ctranslate2
-        folder = checkpoints.ctranslate2_folder(task.shape, task.cache)
+        # It takes tokens by name, and has a list of them.
+        self._names: list[str] = json.loads((task.model / "vocabulary.json").read_text())
         self._generator = ctranslate2.Generator(
-            str(folder), compute_type=task.variant, inter_threads=1, intra_threads=task.threads
+            str(task.model), compute_type=task.variant, inter_threads=1, intra_threads=task.threads
         )
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
-        view = self._generator.forward_batch([[str(token) for token in prompt]])
+        view = self._generator.forward_batch([[self._names[token] for token in prompt]])
         result: np.ndarray = np.array(view)[0, -1]
         return result
 
@@ -193,7 +189,7 @@ class CTranslate2:
             return False
 
         self._generator.generate_batch(
-            [[str(token) for token in prompt]],
+            [[self._names[token] for token in prompt]],
             max_length=new,
             min_length=new,  # no early end
             sampling_topk=TOP_K,
@@ -209,16 +205,13 @@ class OpenVINO:
 
     def __init__(self, task: Task) -> None:
         import openvino
-        import openvino_gpt2
 
-        config, tensors = checkpoints.parameters(checkpoints.float_checkpoint(task.shape, task.cache))
-        model = openvino_gpt2.build(config, tensors, task.width)
         settings = {
             "INFERENCE_NUM_THREADS": task.threads,
             "PERFORMANCE_HINT": "LATENCY",
             "KV_CACHE_PRECISION": "f16",  # as everybody else's; its default is u8
         }
-        self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        self._request = openvino.Core().compile_model(task.model, "CPU", settings).create_infer_request()
         self._random = np.random.default_rng(SEED)
 
     def _step(self, tokens: np.ndarray, position: int) -> np.ndarray:
@@ -303,9 +296,9 @@ PEERS: dict[str, Peer] = {
         ("openvino",),
         {"fp16": ("fp16",), "int8": ("int8",), "int4": ("int4",)},
         {
-            "fp16": "float16 weights, computed in float32",
-            "int8": "layers and head int8, a scale for each row; inputs quantized as they come",
-            "int4": "layers and head int4, a scale for 128 weights; inputs quantized as they come",
+            "fp16": "float16 weights, computed in bfloat16 where the processor can, else in float32",
+            "int8": "layers and head int8, a scale for each row; inputs quantized too",
+            "int4": "layers and head int4, a scale for 128 weights; inputs quantized too",
         },
     ),
 }
@@ -319,3 +312,12 @@ def missing(name: str) -> str | None:
 def version(name: str) -> str:
     """The versions of the packages that a peer is made of."""
     return ", ".join(f"{package} {metadata.version(package)}" for package in PEERS[name].packages)
+
+
+def start(name: str, task: Task) -> Engine:
+    """Loads a model.
+
+    Args:
+        name: One of ``PEERS``.
+    """
+    return PEERS[name].make(task)

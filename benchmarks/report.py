@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import peers
+from model_files import WIDTHS
 
-NOTHING = "–"
+NOTHING = "-"
 
 
 @dataclass
@@ -63,7 +64,7 @@ def shown(values: Sequence[float], digits: int | None = None) -> str:
         return f"{value:.{decimals}f}"
 
     middle = number(statistics.median(values))
-    return middle if len(values) == 1 else f"{middle} ({number(min(values))}–{number(max(values))})"
+    return middle if len(values) == 1 else f"{middle} ({number(min(values))}-{number(max(values))})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
@@ -89,7 +90,7 @@ def text(run: Run, markdown: bool) -> str:
     parts = [
         f"{run.machine}, {run.isa}, {run.threads} threads, reads {shown([b / 1e9 for b in run.bandwidth])} GB/s",
         versions,
-        f"Medians of {run.settings['runs']} interleaved rounds (least–most). Batch 1, sampling included.",
+        f"Medians of {run.settings['runs']} interleaved rounds (least-most). Batch 1, sampling included.",
     ]
     for shape in dict.fromkeys(record.shape for record in run.records):
         records = [record for record in run.records if record.shape == shape]
@@ -164,31 +165,42 @@ def _starts(records: Sequence[Record], markdown: bool) -> str:
 def ratios(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Ours relative to each peer, width by width: of a peer with several variants, each time to the best of them.
 
-    A peer that does not have a width (transformers has no quantized GPT-2) stands there with what it has at fp16.
+    A peer that does not have a width (transformers has no quantized GPT-2) stands there with the next wider one.
     """
     found = []
     for ours in (record for record in records if record.peer == peers.OURS):
         for name in dict.fromkeys(record.peer for record in records if record.peer != peers.OURS):
-            same = [record for record in records if (record.peer, record.width) == (name, ours.width)]
-            wide = [record for record in records if (record.peer, record.width) == (name, "fp16")]
-            theirs = same or wide
+            theirs = _comparable([record for record in records if record.peer == name], ours.width)
             if not theirs:
                 continue
+            width = theirs[0].width
 
-            def compared(get: Callable[[Record], Sequence[float]], best: Callable[..., float]) -> float | None:
-                values = [statistics.median(get(record)) for record in theirs if get(record)]  # noqa: B023
-                return statistics.median(get(ours)) / best(values) if values and get(ours) else None  # noqa: B023
-
-            entry: dict[str, Any] = {"width": ours.width, "peer": name if same else f"{name} at fp16"}
-            for which in ("decode", "prefill"):
-                for length in getattr(ours, which):
-                    entry[f"{which} @{length}"] = compared(
-                        lambda record, which=which, length=length: getattr(record, which).get(length, []), max
-                    )
-            entry["first token"] = compared(lambda record: record.start, min)
-            entry["peak memory"] = compared(lambda record: record.peak, min)
+            entry: dict[str, Any] = {"width": ours.width, "peer": name if width == ours.width else f"{name} at {width}"}
+            for length, rates in ours.decode.items():
+                entry[f"decode @{length}"] = _ratio(rates, [record.decode.get(length, []) for record in theirs], max)
+            for length, rates in ours.prefill.items():
+                entry[f"prefill @{length}"] = _ratio(rates, [record.prefill.get(length, []) for record in theirs], max)
+            entry["first token"] = _ratio(ours.start, [record.start for record in theirs], min)
+            entry["peak memory"] = _ratio(ours.peak, [record.peak for record in theirs], min)
             found.append(entry)
     return found
+
+
+def _ratio(
+    ours: Sequence[float], theirs: Sequence[Sequence[float]], best: Callable[[Sequence[float]], float]
+) -> float | None:
+    """Our median relative to the best of their medians; None where there is nothing to compare."""
+    medians = [statistics.median(values) for values in theirs if values]
+    return statistics.median(ours) / best(medians) if ours and medians else None
+
+
+def _comparable(records: Sequence[Record], width: str) -> list[Record]:
+    """The records at a width, or at the next wider one that there is."""
+    for candidate in reversed(WIDTHS[: WIDTHS.index(width) + 1]):
+        found = [record for record in records if record.width == candidate]
+        if found:
+            return found
+    return []
 
 
 def _ratios(records: Sequence[Record], markdown: bool) -> str:
@@ -220,7 +232,8 @@ def plot(run: Run, path: Path) -> None:
         bar = 0.8 / len(names)
         for place, name in enumerate(names):
             for group, width in enumerate(widths):
-                rates = [r.decode[context] for r in records if (r.peer, r.width) == (name, width) and context in r.decode]
+                same = [record for record in records if (record.peer, record.width) == (name, width)]
+                rates = [record.decode[context] for record in same if context in record.decode]
                 if rates:
                     best = max(rates, key=statistics.median)
                     middle = statistics.median(best)

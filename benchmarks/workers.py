@@ -6,8 +6,12 @@ some milliseconds after their work, and would take the next worker's processor.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -117,7 +121,7 @@ class Timed:
     """
 
     def __init__(self, name: str, task: Task) -> None:
-        self.engine = peers.PEERS[name].make(task)
+        self.engine = peers.start(name, task)
 
     def logits(self, prompt: Sequence[int]) -> Any:
         return self.engine.logits(prompt)
@@ -131,8 +135,15 @@ class Timed:
         return responses
 
 
+def write_model(name: str, shape: str, width: str, cache: Path) -> None:
+    """For a worker: writes the file that an engine loads, in a process that ends and takes the libraries with it."""
+    import model_files
+
+    model_files.model_file(name, shape, width, cache)
+
+
 def fresh_start(name: str, task: Task, prompt: Sequence[int], new: int) -> tuple[float, int]:
-    """A new process that loads a model, generates, and ends.
+    """A new process that loads a model, generates, and ends: fresh.py.
 
     Returns:
         Seconds from its start to its first token, and its peak memory in bytes.
@@ -140,48 +151,33 @@ def fresh_start(name: str, task: Task, prompt: Sequence[int], new: int) -> tuple
     Raises:
         WorkerError: it failed.
     """
-    ours, remote = _context.Pipe(duplex=False)
-    process = _context.Process(target=_start, args=(remote, name, task, prompt, new), daemon=True)
+    asked = {
+        "name": name,
+        "model": str(task.model),
+        "variant": task.variant,
+        "threads": task.threads,
+        "engines": task.engines and str(task.engines),
+        "prompt": list(prompt),
+        "new": new,
+    }
+    program = Path(__file__).with_name("fresh.py")
     begin = time.perf_counter()
-    process.start()
-    remote.close()
-    answers = []
-    try:
-        for _ in range(2):
-            failure, result = ours.recv()
-            if failure is not None:
-                raise WorkerError(failure)
-            answers.append((time.perf_counter() - begin, result))
-    except EOFError:
-        process.join(5)
-        raise WorkerError(f"its process ended with exit code {process.exitcode}") from None
-    process.join()
-    return answers[0][0], answers[1][1]
-
-
-def _start(connection: Connection, name: str, task: Task, prompt: Sequence[int], new: int) -> None:
-    _keep_stdout_clean()
-    try:
-        engine = peers.PEERS[name].make(task)
-        engine.generate(prompt, 1)
-        connection.send((None, None))
-        engine.generate(prompt, new)
-        connection.send((None, peak_memory()))
-    except KeyboardInterrupt:
-        pass
-    except Exception as error:
-        connection.send((_one_line(error), None))
-
-
-def peak_memory() -> int:
-    """The most memory that this process has held at once, in bytes."""
-    try:
-        # Not getrusage, whose peak a child inherits from the process that it was forked from.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    # What a library says goes to a file: nobody would empty a pipe.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as complaints,
+        subprocess.Popen(
+            [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(asked))
+        process.stdin.close()
+        process.stdout.readline()
+        seconds = time.perf_counter() - begin
+        peak = process.stdout.readline()
+        if process.wait() != 0 or not peak:
+            complaints.seek(0)
+            lines = complaints.read().strip().splitlines()
+            reason = lines[-1] if lines else f"exit code {process.returncode}"
+            raise WorkerError(f"a fresh process failed: {reason}")
+    return seconds, int(peak)

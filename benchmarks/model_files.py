@@ -107,7 +107,7 @@ def _write_random(folder: Path, sizes: Shape) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     random = np.random.Generator(np.random.Philox(SEED))
     tensors: Arrays = {}
-    for name, wanted in _linear_shapes(sizes).items():
+    for name, wanted in _shapes(sizes).items():
         if name.endswith(".weight") and (".ln_" in name or name.startswith("ln_f")):
             values = np.ones(wanted, np.float32)
         else:
@@ -120,7 +120,7 @@ def _write_random(folder: Path, sizes: Shape) -> None:
     _write_tokenizer(folder, sizes.vocab_size)
 
 
-def _linear_shapes(sizes: Shape) -> dict[str, tuple[int, ...]]:
+def _shapes(sizes: Shape) -> dict[str, tuple[int, ...]]:
     config = CheckpointConfig(
         vocab_size=sizes.vocab_size,
         n_positions=sizes.n_positions,
@@ -137,8 +137,8 @@ def _linear_shapes(sizes: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Token number n is the word "n". Nothing is ever tokenized, but CTranslate2's converter wants to see the tokens."""
-    tokenizer = {
+    """Token number n is the word "n". Nothing is tokenized, but CTranslate2's converter wants to see the tokens."""
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,
@@ -207,8 +207,9 @@ def _write_quantized(folder: Path, source: Path, width: str) -> None:
             tensors[f"{layer}.weight"] = numbers
             tensors[f"{layer}.weight_scale"] = scales[:, 0]
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
-    description = {"producer": {"name": "benchmarks"}, "quantization": {**_ALGORITHMS[width], "kv_cache_quant_algo": None}}
-    (folder / modelopt_layout.DESCRIPTION_FILE).write_text(json.dumps(description, indent=2))
+    quantization = {**_ALGORITHMS[width], "kv_cache_quant_algo": None}
+    description = json.dumps({"producer": {"name": "benchmarks"}, "quantization": quantization}, indent=2)
+    (folder / modelopt_layout.DESCRIPTION_FILE).write_text(description)
     for file in source.iterdir():
         if file.name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(file, folder / file.name)
@@ -224,7 +225,8 @@ def bytes_per_token(config: CheckpointConfig, width: str) -> int:
 
     Of the two embeddings it reads one row each. What it reads of the key-value cache is not counted.
     """
-    quantized = replace(config, quant_mode=_MODES.get(width), quant_lm_head=width != "fp16", quant_embedding=width != "fp16")
+    mode = _MODES.get(width)
+    quantized = replace(config, quant_mode=mode, quant_lm_head=mode is not None, quant_embedding=mode is not None)
     sizes = {"I8": 1, "U8": 1}
     total = 0
     for name, spec in modelopt_layout.stored_tensors(quantized, parameter_shapes(quantized)).items():
@@ -250,6 +252,10 @@ _GGUF_NAMES = {
     "mlp.c_proj": "ffn_down",
     "ln_1": "attn_norm",
     "ln_2": "ffn_norm",
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_f": "output_norm",
+    "lm_head": "output",
 }
 GGUF_TYPES = {"fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 
@@ -295,7 +301,7 @@ def _gguf_name(name: str) -> str:
         module, _, kind = rest.rpartition(".")
         return f"blk.{layer}.{_GGUF_NAMES[module]}.{kind}"
     module, _, kind = name.rpartition(".")
-    return {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}[module] + f".{kind}"
+    return f"{_GGUF_NAMES[module]}.{kind}"
 
 
 def ctranslate2_folder(shape: str, cache: Path) -> Path:
@@ -304,7 +310,37 @@ def ctranslate2_folder(shape: str, cache: Path) -> Path:
 
     def convert(folder: Path) -> None:
         from ctranslate2.converters import TransformersConverter
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         TransformersConverter(str(source)).convert(str(folder))
 
     return _made_once(cache / f"{shape}-v{VERSION}" / "ctranslate2", convert)
+
+
+def openvino_file(shape: str, width: str, cache: Path) -> Path:
+    """OpenVINO's model; its weights lie beside it."""
+    source = float_checkpoint(shape, cache)
+
+    def build(folder: Path) -> None:
+        import openvino
+        import openvino_gpt2
+
+        folder.mkdir()
+        model = openvino_gpt2.build(*parameters(source), width)
+        openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+    return _made_once(cache / f"{shape}-v{VERSION}" / f"openvino-{width}", build) / "model.xml"
+
+
+def model_file(peer: str, shape: str, width: str, cache: Path) -> Path:
+    """The file or the folder that an engine loads; written first, if it is not there yet."""
+    if peer == "ours":
+        return checkpoint_folder(shape, width, cache)
+    if peer == "llama.cpp":
+        return gguf_file(shape, width, cache)
+    if peer == "ctranslate2":
+        return ctranslate2_folder(shape, cache)
+    if peer == "openvino":
+        return openvino_file(shape, width, cache)
+    return float_checkpoint(shape, cache)
