@@ -261,8 +261,12 @@ class Bench:
         if module is not None:
             say(f"nobody's logits are checked: {module} is not installed")
             return None
-        worker = Worker(Timed, "transformers", self._task(Record(shape, "fp16", "transformers", "float32")))
-        logits: np.ndarray = worker.call("logits", prompt)
+        try:
+            worker = Worker(Timed, "transformers", self._task(Record(shape, "fp16", "transformers", "float32")))
+            logits: np.ndarray = worker.call("logits", prompt)
+        except WorkerError as error:
+            say(f"nobody's logits are checked: transformers cannot compute them ({error})")
+            return None
         worker.close()
         return logits
 
@@ -288,14 +292,18 @@ class Bench:
                 worker = self._started(record, tokens, reference)
                 if worker is not None:
                     workers.append((record, worker))
-        total = self._options.runs * len(wanted) * len(workers)
+        # Before the first round that counts there is another one: some engines prepare for each length that they meet.
+        rounds = range(0 if self._options.quick else -1, self._options.runs)
+        total = len(rounds) * len(wanted) * len(workers)
         with tqdm(total=total, desc=f"{shape} {width}", unit="turn", file=sys.stderr, leave=False) as progress:
-            for _ in range(self._options.runs):
+            for number in rounds:
                 self.run.bandwidth.append(reader.call("measure"))
                 for turn in wanted:
                     for record, worker in list(workers):
                         try:
-                            _note(record, turn, worker.call("turn", tokens[: turn.length], turn.steps + 1))
+                            responses = worker.call("turn", tokens[: turn.length], turn.steps + 1)
+                            if number >= 0:
+                                _note(record, turn, responses)
                         except WorkerError as error:
                             self._leave_out(record, error)
                             worker.close()
@@ -377,7 +385,7 @@ def main() -> int:
             report.plot(run, options.plot)
         print(report.text(run, options.markdown), flush=True)
         return 1 if bench.broken else 0
-    except UsageError as error:
+    except (UsageError, WorkerError) as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
