@@ -28,7 +28,7 @@ import model_files
 import numpy as np
 import peers
 import report
-from bandwidth import Bandwidth
+from bandwidth import Bandwidth, last_level_cache
 from peers import OURS, PEERS, Task
 from report import Record, Run
 from tqdm import tqdm
@@ -210,6 +210,7 @@ class Bench:
             settings={"runs": options.runs, "quick": options.quick, "shapes": options.shapes, "widths": options.widths},
             weight_bytes={},
             bandwidth=[],
+            cache_bytes=last_level_cache(),
             records=[],
         )
 

@@ -51,7 +51,13 @@ class Run:
     settings: dict[str, Any]
     weight_bytes: dict[str, dict[str, int]]  # shape → width → bytes that a decoding step of ours reads
     bandwidth: list[float]  # bytes/s
+    cache_bytes: int  # of the last-level cache
     records: list[Record]
+
+    def limit(self, shape: str, width: str) -> float | None:
+        """Tokens/s at which reading our weights takes all the bandwidth; None where a cache holds them."""
+        size = self.weight_bytes[shape][width]
+        return statistics.median(self.bandwidth) / size if self.bandwidth and size > self.cache_bytes else None
 
 
 def shown(values: Sequence[float], digits: int | None = None) -> str:
@@ -106,7 +112,8 @@ def text(run: Run, markdown: bool) -> str:
     }
     parts.append("\n".join(["Weights:", *(f"- {note}" for note in notes)]))
     parts.append(
-        "Bandwidth: what a decoding step reads of our weights, times tokens/s, relative to what the machine reads. "
+        "Bandwidth: what a decoding step reads of our weights, times tokens/s, relative to what the machine reads from "
+        "memory; only where no cache holds the weights. "
         "Deviation: of the logits from those of transformers in float32, root mean square, relative."
     )
     return "\n\n".join(parts)
@@ -123,10 +130,9 @@ def _speeds(run: Run, records: Sequence[Record], markdown: bool) -> str:
     rows = []
     for record in records:
         share = NOTHING
-        if record.peer == peers.OURS and run.bandwidth and record.decode.get(reference):
-            rate = statistics.median(record.decode[reference])
-            bytes_read = run.weight_bytes[record.shape][record.width]
-            share = f"{bytes_read * rate / statistics.median(run.bandwidth):.0%}"
+        limit = run.limit(record.shape, record.width)
+        if record.peer == peers.OURS and limit is not None and record.decode.get(reference):
+            share = f"{statistics.median(record.decode[reference]) / limit:.0%}"
         deviation = NOTHING if record.deviation is None else f"{record.deviation:.4f}"
         speeds = [shown(record.decode.get(context, [])) for context in contexts]
         rows.append([record.width, record.label, *speeds, share, deviation])
@@ -246,8 +252,8 @@ def plot(run: Run, path: Path) -> None:
                         error_kw={"linewidth": 0.8},
                     )
         for group, width in enumerate(widths):
-            if run.bandwidth:
-                limit = statistics.median(run.bandwidth) / run.weight_bytes[shape][width]
+            limit = run.limit(shape, width)
+            if limit is not None:
                 axis.hlines(limit, group - 0.45, group + 0.45, color="black", linestyle="--", linewidth=1)
         axis.set_xticks(range(len(widths)), widths)
         axis.set_title(f"GPT-2 {shape}, context {context}")

@@ -267,6 +267,7 @@ def test_the_report_names_everything(markdown: bool) -> None:
         settings={"runs": 3},
         weight_bytes={"tiny": {"fp16": 10**7, "int8": 5 * 10**6}},
         bandwidth=[2e9],
+        cache_bytes=8 << 20,
         records=records(),
     )
     text = report.text(run, markdown)
@@ -281,4 +282,5 @@ def test_the_report_names_everything(markdown: bool) -> None:
     ):
         assert part in text
     assert "50%" in text  # 100 tokens/s of 10 MB each, of 2 GB/s
+    assert text.count("%") == 1  # the cache holds int8's 5 MB
     assert "a scale for each row" in text
