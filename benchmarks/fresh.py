@@ -1,0 +1,47 @@
+"""A process of which the start and the memory are measured: loads a model, generates, ends.
+
+It reads from standard input what to do, as JSON, and writes a line when the first token is there, and another one with
+its peak memory in bytes. It imports nothing that the engine does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs at the root
+
+import peers
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held at once, in bytes."""
+    try:
+        # Not getrusage, whose peak a child inherits from the process that it was forked from.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to standard error
+    asked = json.load(sys.stdin)
+    engines = asked["engines"] and Path(asked["engines"])
+    task = peers.Task(Path(asked["model"]), asked["variant"], asked["threads"], engines)
+    engine = peers.start(asked["name"], task)
+    engine.generate(asked["prompt"], 1)
+    print("first token", file=answers, flush=True)
+    engine.generate(asked["prompt"], asked["new"])
+    print(peak_memory(), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
