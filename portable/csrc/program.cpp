@@ -34,10 +34,14 @@ bool takes_integers(const Operation& operation) {
            operation.stage.rounding != Rounding::f8;
 }
 
-int64_t integer_row_floats(int64_t width) { return padded(width) / 2 + padded(width) / kInputBlock; }
+// Values, where their sums begin, and scales, which are made to end at a cache line.
+int64_t integer_row_floats(int64_t width) {
+    return padded(width) / 2 + padded(width) / 8 + (padded(width) / kInputBlock + 15) / 16 * 16;
+}
 
 IntegerRow integer_row(float* memory, int64_t width) {
-    return {reinterpret_cast<int16_t*>(memory), memory + padded(width) / 2};
+    float* begin = memory + padded(width) / 2;
+    return {reinterpret_cast<int16_t*>(memory), begin + padded(width) / 8, reinterpret_cast<int32_t*>(begin)};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "dequantize.h"
 #include "kernels.h"
 #include "numbers.h"
+#include "products.h"
 #include "simd.h"
 
 namespace nvtripy_portable::ISA {
@@ -87,7 +88,7 @@ inline void block_maxima(const float* x, int64_t count, int64_t block, float* ma
 inline float read(const float* x, int64_t count) {
     F sums[4] = {zero(), zero(), zero(), zero()};
     for (int64_t i = 0; i + 4 * W <= count; i += 4 * W) {
-        prefetch(x + i + 1024);
+        prefetch(x + i + kBytesAhead / 4);
         for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], load(x + i + j * W));
     }
     return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
