@@ -349,6 +349,11 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
             const int64_t b = unit / chunks / heads, h = unit / chunks % heads, chunk = unit % chunks;
             // The new row is in the last chunk that is seen; whoever comes to it writes it.
             const int64_t last = std::max<int64_t>(divide_up(seen_by(b, 0), kKeyChunk) - 1, 0);
+            // Where it goes for a head that is soon to follow; writing waits for the memory as reading does.
+            if (chunks == 1 && h + pool.team() < heads && position)
+                for (int half = 0; half < 2; ++half)
+                    __builtin_prefetch(rows_of(half, b, h + pool.team()) + seen_by(b, 0) * size * number_bytes -
+                                           size * number_bytes, 1);
             if (chunk == last) store(b, h);
             Partial partial{chunks == 1 ? sums : partial_of(unit) + 2, 0, 0};
             attend(b, h, 0, 1, chunk * kKeyChunk, (chunk + 1) * kKeyChunk, &partial, own);
