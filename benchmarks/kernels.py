@@ -83,7 +83,8 @@ def main() -> None:
     lengths = [int(each) for each in options.prefill.split(",") if each]
     print("".join(f" {f'prefill {each}':>12} {'GFLOP/s':>8}" for each in lengths))
     for name in options.only.split(","):
-        graph = model_graph(GPT2, cache_dtype="f16", **VARIANTS[name])  # type: ignore[arg-type]
+        # Activations are float16, as example.py has them by default: that allows int16 inputs for integer weights.
+        graph = model_graph(GPT2, cache_dtype="f16", dtype="f16", **VARIANTS[name])  # type: ignore[arg-type]
         executor = Executor.of(graph)
         assert executor is not None
         token, last = np.ones((1, 1), np.int32), np.zeros(1, np.int32)
@@ -110,7 +111,7 @@ def main() -> None:
             macs = GPT2.layers * 12 * GPT2.width**2 * length
             print(f" {took * 1e3:9.1f} ms {2e-9 * macs / took:8.0f}", end="", flush=True)
         print()
-    small = Executor.of(model_graph(SMALL, cache_dtype="f16", weight_dtype="f16"))
+    small = Executor.of(model_graph(SMALL, cache_dtype="f16", dtype="f16", weight_dtype="f16"))
     assert small is not None
     _, cache = small.run([np.ones((1, 64), np.int32), last, empty_cache(SMALL, "f16"), last])
     times = []

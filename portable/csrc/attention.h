@@ -96,6 +96,12 @@ inline void weigh(float* scores, int64_t seen, int64_t count, int64_t head_size,
     for (int64_t j = larger<int64_t>(seen, 0); j < count; ++j) scores[j] = 0;
 }
 
+template <class Stored>
+inline void prefetch_rows(const Stored* from, int64_t count) {
+    const auto* bytes = reinterpret_cast<const char*>(from);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(Stored)); i += 64) prefetch(bytes + i);
+}
+
 template <class Numbers, int kQueries>
 inline void attend_to(const Attention& attention, const float* const* q, const int64_t* seen, const void* all_keys,
                       const void* all_values, int64_t row_stride, int64_t begin, int64_t end, Partial* partials,
@@ -105,10 +111,17 @@ inline void attend_to(const Attention& attention, const float* const* q, const i
     const auto* values = static_cast<const Stored*>(all_values) + begin * row_stride;
     const int64_t count = end - begin;
     constexpr int kKeys = kQueries > 2 && W < 16 ? 2 : 4;
+    // A head's rows lie in two short runs of memory, too short for the CPU to notice: they are asked for here, keys some
+    // rows before their scores and values before all weights are known.
+    constexpr int kRowsAhead = 16;
+    prefetch_rows(keys, smaller<int64_t>(kRowsAhead, count) * row_stride);
     int64_t j = 0;
-    for (; j + kKeys <= count; j += kKeys)
+    for (; j + kKeys <= count; j += kKeys) {
+        prefetch_rows(keys + smaller(j + kRowsAhead, count - kKeys) * row_stride, kKeys * row_stride);
+        prefetch_rows(values + j * row_stride, kKeys * row_stride);
         score_tile<Numbers, kQueries, kKeys>(q, keys + j * row_stride, row_stride, attention.head_size,
                                              attention.score_scale, scores + j);
+    }
     for (; j < count; ++j)
         score_tile<Numbers, kQueries, 1>(q, keys + j * row_stride, row_stride, attention.head_size,
                                          attention.score_scale, scores + j);

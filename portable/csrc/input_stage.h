@@ -2,6 +2,7 @@
 // products 16-bit numbers.
 #pragma once
 
+#include "integer_products.h"
 #include "kernels.h"
 #include "numbers.h"
 #include "simd.h"
@@ -76,16 +77,11 @@ inline void prepare(const InputStage& stage, const float* x, float* y) {
     for (int64_t i = 0; i < stage.width; ++i) y[i] *= scale;
 }
 
-// Where input i of 8W stands for int4 weights, whose words come apart into elements q, q + 4, q + 8, ...
-inline void interleave(const int16_t* from, int16_t* to) {
-    for (int q = 0; q < 4; ++q)
-        for (int i = 0; i < 2 * W; ++i) to[q * 2 * W + i] = from[4 * i + q];
-}
-
 inline void prepare_integers(const InputStage& stage, Dtype weight, const float* x, float* scratch, IntegerRow row) {
     normalize(stage, x, scratch);
     const float row_scale = stage.rounding == Rounding::none ? 1.0f : round_row(stage, scratch);
     const int64_t padded = padded_width(stage.width);
+    const float limit = weight == Dtype::i4 ? kLargestForInt4 : 32767.0f;
     for (int64_t start = 0; start < padded; start += kInputBlock) {
         const float* from = scratch + start;
         int16_t values[kInputBlock];
@@ -93,8 +89,8 @@ inline void prepare_integers(const InputStage& stage, Dtype weight, const float*
         row.scales[start / kInputBlock] = row_scale;
         if (stage.rounding != Rounding::i8) {  // integers of 8 bits are what they are
             const float largest = largest_magnitude(from, kInputBlock);
-            row.scales[start / kInputBlock] = row_scale * (largest / 32767.0f);
-            factor = largest < 1e-30f ? 0.0f : 32767.0f / largest;
+            row.scales[start / kInputBlock] = row_scale * (largest / limit);
+            factor = largest < 1e-30f ? 0.0f : limit / largest;
         }
         for (int i = 0; i < kInputBlock; ++i) {
             float value = from[i] * factor;
@@ -103,7 +99,7 @@ inline void prepare_integers(const InputStage& stage, Dtype weight, const float*
         }
         int16_t* to = row.values + start;
         if (weight == Dtype::i4) {
-            for (int i = 0; i < kInputBlock; i += 8 * W) interleave(values + i, to + i);
+            arrange_for_int4(values, to, row.begin + start / 8);
         } else {
             std::memcpy(to, values, sizeof values);
         }

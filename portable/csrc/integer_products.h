@@ -7,13 +7,16 @@
 
 #include "kernels.h"
 #include "products.h"
+#include "scales.h"
 #include "simd.h"
 
-namespace nvtripy_portable::ISA {
+#if ISA_NUMBER(ISA) == 3
+#include "int4_bytes.h"
+#else
+#include "int4_words.h"
+#endif
 
-// Where the weights' scales come from: one for a row, applied at the end; one for every 128 weights; or one for each group
-// of 32, which blocks of any other size are taken apart into.
-enum class Scales { row, block, group };
+namespace nvtripy_portable::ISA {
 
 // What one row adds for 128 inputs; `scales` are those of the row's 128 weights: one, or four.
 template <int kTokens, int kRows, Scales kScales>
@@ -39,42 +42,6 @@ inline void i8_block(const int8_t* const* w, const int16_t* const* x, const floa
             }
         }
     }
-}
-
-template <int kTokens, int kRows, Scales kScales>
-inline void i4_block(const uint8_t* const* w, const int16_t* const* x, const float* x_scales,
-                     const float* const* scales, F (&sums)[kTokens][kRows]) {
-    constexpr int kChunk = 8 * W;
-    I run[kTokens][kRows];
-    for (int t = 0; t < kTokens; ++t)
-        for (int r = 0; r < kRows; ++r) run[t][r] = zero_i();
-#pragma GCC unroll 4
-    for (int start = 0; start < 128; start += kChunk) {
-        for (int r = 0; r < kRows; ++r) {
-            const Nibbles row(w[r] + start / 2);
-            for (int t = 0; t < kTokens; ++t) {
-                const int16_t* from = x[t] + start;
-                run[t][r] = dot(run[t][r], row.part0(), load_s(from));
-                run[t][r] = dot(run[t][r], row.part1(), load_s(from + 2 * W));
-                run[t][r] = dot(run[t][r], row.part2(), load_s(from + 4 * W));
-                run[t][r] = dot(run[t][r], row.part3(), load_s(from + 6 * W));
-            }
-            if constexpr (kScales == Scales::group) {
-                // Eight neighbouring elements meet in a lane, so four lanes share a scale.
-                const F scale = spread(scales[r] + start / 32);
-                for (int t = 0; t < kTokens; ++t) {
-                    sums[t][r] = fma(to_float(run[t][r]), mul(scale, set1(x_scales[t])), sums[t][r]);
-                    run[t][r] = zero_i();
-                }
-            }
-        }
-    }
-    if constexpr (kScales != Scales::group)
-        for (int r = 0; r < kRows; ++r)
-            for (int t = 0; t < kTokens; ++t) {
-                const float by = kScales == Scales::row ? x_scales[t] : x_scales[t] * scales[r][0];
-                sums[t][r] = fma(to_float(run[t][r]), set1(by), sums[t][r]);
-            }
 }
 
 template <bool kInt4, int kTokens, int kRows, Scales kScales>
@@ -137,9 +104,15 @@ inline void integer_rows(const Matrix& weight, const IntegerRow* x, int64_t begi
                          int64_t y_stride) {
     constexpr int kRows = kTokens > 1 && W == 16 ? 2 : 1;  // one row at a time is read fastest
     int64_t n = begin;
-    for (; n + kRows <= end; n += kRows)
-        integer_tile<kInt4, kTokens, kRows, kScales>(weight, x, n, y + (n - begin), y_stride);
-    for (; n < end; ++n) integer_tile<kInt4, kTokens, 1, kScales>(weight, x, n, y + (n - begin), y_stride);
+#if ISA_NUMBER(ISA) == 3
+    if constexpr (kInt4) byte_rows<kTokens, kScales>(weight, x, begin, end, y, y_stride);
+    else
+#endif
+    {
+        for (; n + kRows <= end; n += kRows)
+            integer_tile<kInt4, kTokens, kRows, kScales>(weight, x, n, y + (n - begin), y_stride);
+        for (; n < end; ++n) integer_tile<kInt4, kTokens, 1, kScales>(weight, x, n, y + (n - begin), y_stride);
+    }
 }
 
 template <bool kInt4, Scales kScales>

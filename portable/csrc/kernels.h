@@ -50,11 +50,12 @@ struct InputStage {
     float input_scale = 1;
 };
 
-// One row of inputs as integers: numbers = values * scales[i / 128]. For int4 weights the values stand in the order in
-// which the unpacked weights come.
+// One row of inputs as integers: numbers = values * scales[i / 128]. For int4 weights the values stand in the order and
+// form in which the kernels' unpacked weights want them; `begin` is then where the sums of 128 products begin (int4_bytes.h).
 struct IntegerRow {
     int16_t* values = nullptr;
     float* scales = nullptr;
+    int32_t* begin = nullptr;  // 16 for every 128 values
 };
 
 struct Attention {

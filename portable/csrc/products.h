@@ -83,8 +83,8 @@ inline void panel_products(const Matrix& weight, const float* x, int64_t x_strid
 }
 
 // How far ahead of their use weights are asked for. Rows lie one behind the other and are read in that order, so this
-// reaches into the rows that come next.
-constexpr int64_t kBytesAhead = 4096;
+// reaches into the rows that come next. It takes more than a hundred nanoseconds to come, in which a core uses 4 KB.
+constexpr int64_t kBytesAhead = 8192;
 
 // y[t, r] = x[t] . w[r] for kRows stored rows that lie one behind the other. Memory is read fastest from end to end: with
 // one or two tokens there is one row at a time, and more sums for each token instead, to keep the multipliers busy.
@@ -94,7 +94,7 @@ inline void direct_tile(const typename Numbers::Stored* w, int64_t width, const 
     using Stored = typename Numbers::Stored;
     constexpr int kLine = 64 / static_cast<int>(sizeof(Stored));  // numbers in a cache line
     constexpr int kSums = kTokens * kRows == 1 ? 4 : kTokens * kRows == 2 ? 2 : 1;
-    constexpr int kStep = kLine > kSums * W ? kLine : kSums * W;
+    constexpr int kStep = larger(kLine, larger(kSums, 2) * W);
     F sums[kTokens][kRows][kSums];
     for (int t = 0; t < kTokens; ++t)
         for (int r = 0; r < kRows; ++r)
@@ -105,12 +105,16 @@ inline void direct_tile(const typename Numbers::Stored* w, int64_t width, const 
             for (int i = 0; i < kStep; i += kLine)
                 prefetch(w + r * width + k + i + kBytesAhead / static_cast<int>(sizeof(Stored)));
 #pragma GCC unroll 8
-        for (int i = 0; i < kStep; i += W) {
-            const int s = i / W % kSums;
+        for (int i = 0; i < kStep; i += 2 * W) {
             for (int r = 0; r < kRows; ++r) {
-                const F row = Numbers::load(w + r * width + k + i);
-                for (int t = 0; t < kTokens; ++t)
-                    sums[t][r][s] = fma(load(x + t * x_stride + k + i), row, sums[t][r][s]);
+                F row[2];
+                load_two<Numbers>(w + r * width + k + i, row);
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j)
+                    for (int t = 0; t < kTokens; ++t) {
+                        F& to = sums[t][r][(i / W + j) % kSums];
+                        to = fma(load(x + t * x_stride + k + i + j * W), row[j], to);
+                    }
             }
         }
     }

@@ -34,10 +34,14 @@ bool takes_integers(const Operation& operation) {
            operation.stage.rounding != Rounding::f8;
 }
 
-int64_t integer_row_floats(int64_t width) { return padded(width) / 2 + padded(width) / kInputBlock; }
+// Values, where their sums begin, and scales, which are made to end at a cache line.
+int64_t integer_row_floats(int64_t width) {
+    return padded(width) / 2 + padded(width) / 8 + (padded(width) / kInputBlock + 15) / 16 * 16;
+}
 
 IntegerRow integer_row(float* memory, int64_t width) {
-    return {reinterpret_cast<int16_t*>(memory), memory + padded(width) / 2};
+    float* begin = memory + padded(width) / 2;
+    return {reinterpret_cast<int16_t*>(memory), begin + padded(width) / 8, reinterpret_cast<int32_t*>(begin)};
 }
 
 }  // namespace
@@ -345,6 +349,11 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
             const int64_t b = unit / chunks / heads, h = unit / chunks % heads, chunk = unit % chunks;
             // The new row is in the last chunk that is seen; whoever comes to it writes it.
             const int64_t last = std::max<int64_t>(divide_up(seen_by(b, 0), kKeyChunk) - 1, 0);
+            // Where it goes for a head that is soon to follow; writing waits for the memory as reading does.
+            if (chunks == 1 && h + pool.team() < heads && position)
+                for (int half = 0; half < 2; ++half)
+                    __builtin_prefetch(rows_of(half, b, h + pool.team()) + seen_by(b, 0) * size * number_bytes -
+                                           size * number_bytes, 1);
             if (chunk == last) store(b, h);
             Partial partial{chunks == 1 ? sums : partial_of(unit) + 2, 0, 0};
             attend(b, h, 0, 1, chunk * kKeyChunk, (chunk + 1) * kKeyChunk, &partial, own);

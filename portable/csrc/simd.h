@@ -34,9 +34,9 @@ namespace nvtripy_portable::ISA {
 constexpr int64_t kPadding = 128;  // rows of inputs are padded with zeros to a multiple of this
 
 template <class T>
-inline T smaller(T a, T b) { return b < a ? b : a; }
+constexpr T smaller(T a, T b) { return b < a ? b : a; }
 template <class T>
-inline T larger(T a, T b) { return a < b ? b : a; }
+constexpr T larger(T a, T b) { return a < b ? b : a; }
 
 inline float to_float_bits(uint32_t bits) {
     float value;
@@ -88,6 +88,15 @@ struct F8WithNaN {
         return ISA::load(values);
     }
 };
+
+// 2W numbers.
+template <class Numbers>
+inline void load_two(const typename Numbers::Stored* p, F (&to)[2]) {
+    to[0] = Numbers::load(p);
+    to[1] = Numbers::load(p + W);
+}
+template <>
+inline void load_two<F8>(const uint8_t* p, F (&to)[2]) { load_two_f8(p, to); }
 
 // As Numbers::load, of the first `count` < W numbers at p; the others are 0.
 template <class Numbers>

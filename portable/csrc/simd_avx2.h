@@ -39,6 +39,9 @@ inline float sum(F x) {
 inline F load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline void store_f16(uint16_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 inline F load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -49,6 +52,13 @@ inline F load_i8(const int8_t* p) {
 inline F load_f8(const uint8_t* p) {
     const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<int16_t>(0xBFFF))));
+}
+// The same of 2W numbers, widened together.
+inline void load_two_f8(const uint8_t* p, F (&to)[2]) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xBFFF)));
+    to[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    to[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
 }
 
 inline I zero_i() { return _mm256_setzero_si256(); }

@@ -77,6 +77,10 @@ inline F load_f8(const uint8_t* p) {
     const F value = reinterpret_cast<F>((bits & 0x7fu) << 20) * 0x1p112f;
     return reinterpret_cast<F>(reinterpret_cast<U>(value) | ((bits & 0x80u) << 24));
 }
+inline void load_two_f8(const uint8_t* p, F (&to)[2]) {
+    to[0] = load_f8(p);
+    to[1] = load_f8(p + W);
+}
 
 inline I zero_i() { return I{0, 0, 0, 0}; }
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
