@@ -70,10 +70,11 @@ def linear_graph(
     input_dtype: str | None = None,
     activation: str | None = None,
     norm: tuple[np.ndarray, np.ndarray] | None = None,
+    dtype: str = "f32",
 ) -> Graph:
     graph = Graph()
     shape = (1, None)
-    x = start = add_input(graph, "x", "f32", (*shape, width))
+    x = start = add_input(graph, "x", dtype, (*shape, width))
     operands = [constant(graph, each) for each in (weight, scale, bias)]
     residual = add_input(graph, "residual", "f32", (*shape, len(weight))) if has_residual else None
     if norm is not None:
