@@ -44,9 +44,11 @@ inline void integer_tile(const int16_t* x, const float* x_scales, int64_t x_stri
         for (int v = 0; v < kTileVectors; ++v) row[v] = load_s(panel + (p * kTileColumns + v * W) * 2);
         for (int t = 0; t < kTokens; ++t) {
             const S inputs = set1_pair(x + t * x_stride * 2 + p * 2);
-            for (int v = 0; v < kTileVectors; ++v) sums[t][v] = dot(sums[t][v], row[v], inputs);
+            for (int v = 0; v < kTileVectors; ++v) add_dot(sums[t][v], row[v], inputs);
         }
     }
+    // Unrolled, or GCC keeps the sums in memory.
+#pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
         const F by = set1(x_scales[t * x_stride]);
         for (int v = 0; v < kTileVectors; ++v) {

@@ -93,6 +93,8 @@ inline void transpose(F (&v)[8]) {
 
 inline F as_floats(S x) { return _mm256_castsi256_ps(x); }
 inline void store_s(int16_t* p, S x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+// sum = dot(sum, a, b)
+inline void add_dot(I& sum, S a, S b) { sum = dot(sum, a, b); }
 // Two numbers, over and over.
 inline S set1_pair(const int16_t* p) {
     int32_t pair;

@@ -101,6 +101,8 @@ inline void transpose(F (&v)[16]) {
 
 inline F as_floats(S x) { return _mm512_castsi512_ps(x); }
 inline void store_s(int16_t* p, S x) { _mm512_storeu_si512(p, x); }
+// sum = dot(sum, a, b), in place: GCC 12 copies the sums of the intrinsic from register to register, and to memory too.
+inline void add_dot(I& sum, S a, S b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 // Two numbers, over and over.
 inline S set1_pair(const int16_t* p) {
     int32_t pair;

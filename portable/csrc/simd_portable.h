@@ -125,7 +125,13 @@ inline void transpose(F (&v)[4]) {
 inline F as_floats(S x) { return reinterpret_cast<F>(x); }
 inline void store_s(int16_t* p, S x) { std::memcpy(p, &x, sizeof x); }
 // Two numbers, over and over.
-inline S set1_pair(const int16_t* p) { return S{p[0], p[1], p[0], p[1], p[0], p[1], p[0], p[1]}; }
+inline S set1_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return reinterpret_cast<S>(I{pair, pair, pair, pair});
+}
+// sum = dot(sum, a, b)
+inline void add_dot(I& sum, S a, S b) { sum = dot(sum, a, b); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
