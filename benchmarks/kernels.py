@@ -33,7 +33,7 @@ from nvtripy_portable.graph import Graph  # noqa: E402
 GPT2 = Shape(layers=12, heads=12, head_size=64, context=1024, vocabulary=50257)
 SMALL = Shape(layers=4, heads=4, head_size=64, context=256, vocabulary=2048)
 VARIANTS = {
-    "f32": {"weight_dtype": "f32"},
+    "f32": {"weight_dtype": "f32", "dtype": "f32"},
     "f16": {"weight_dtype": "f16"},
     "bf16": {"weight_dtype": "bf16"},
     "i8": {"weight_dtype": "i8", "scales": "rows"},
@@ -83,7 +83,7 @@ def main() -> None:
     lengths = [int(each) for each in options.prefill.split(",") if each]
     print("".join(f" {f'prefill {each}':>12} {'GFLOP/s':>8}" for each in lengths))
     for name in options.only.split(","):
-        graph = model_graph(GPT2, cache_dtype="f16", **VARIANTS[name])  # type: ignore[arg-type]
+        graph = model_graph(GPT2, cache_dtype="f16", **({"dtype": "f16"} | VARIANTS[name]))  # type: ignore[arg-type]
         executor = Executor.of(graph)
         assert executor is not None
         token, last = np.ones((1, 1), np.int32), np.zeros(1, np.int32)

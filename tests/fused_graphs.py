@@ -133,8 +133,10 @@ def model_graph(
     activation: str = "gelu_tanh",
     seed: int = 0,
     tables: str = "f16",
+    dtype: str = "f32",
 ) -> Graph:
-    """embedding, layers, last_rows, layer_norm, head; without ``cache_dtype`` the stateless form."""
+    """embedding, layers, last_rows, layer_norm, head; without ``cache_dtype`` the stateless form. ``dtype`` is that of
+    activations."""
     random = np.random.default_rng(seed)
     graph = Graph()
     idx = add_input(graph, "idx", "i32", (shape.batch, None))
@@ -151,7 +153,7 @@ def model_graph(
 
     def layer_norm(x: Value) -> Value:
         operands = [x, floats(width, around=1.0), floats(width)]
-        return graph.add(Operation("layer_norm", operands, {"epsilon": 1e-5, "dtype": "f32"}, [x.type])).results[0]
+        return graph.add(Operation("layer_norm", operands, {"epsilon": 1e-5, "dtype": dtype}, [x.type])).results[0]
 
     def linear(x: Value, rows: int, residual: Value | None, act: str | None, bias: bool = True) -> Value:
         columns = x.type.shape[-1]
@@ -162,20 +164,20 @@ def model_graph(
             "width": columns,
             "input_dtype": input_dtype,
             "activation": act,
-            "dtype": "f32",
+            "dtype": dtype,
         }
         input_scale = np.array(0.05, np.float32) if input_dtype else None
         operands = [x, constant(graph, weight), constant(graph, scale), floats(rows) if bias else None, residual, None]
         operands.append(constant(graph, input_scale))
-        type = TensorType("f32", (*x.type.shape[:-1], rows))
+        type = TensorType(dtype, (*x.type.shape[:-1], rows))
         return graph.add(Operation("linear", operands, attributes, [type])).results[0]
 
     table, table_scale = random_weight(random, tables, shape.vocabulary, width, "none")
     positions = (0.3 * random.standard_normal((shape.context, width))).astype(np.float16)
     operands = [idx, position, constant(graph, (table * np.sqrt(width)).astype(table.dtype)), table_scale]
     operands.append(constant(graph, positions))
-    attributes = {"weight_dtype": tables, "width": width, "dtype": "f32"}
-    x = graph.add(Operation("embedding", operands, attributes, [TensorType("f32", (*leading, width))])).results[0]
+    attributes = {"weight_dtype": tables, "width": width, "dtype": dtype}
+    x = graph.add(Operation("embedding", operands, attributes, [TensorType(dtype, (*leading, width))])).results[0]
     for layer in range(shape.layers):
         qkv = linear(layer_norm(x), 3 * width, None, None)
         by = [constant(graph, np.array(each, np.float32)) for each in (0.02, 0.03)] if rounding else [None, None]
@@ -185,7 +187,7 @@ def model_graph(
             "scale": shape.head_size**-0.5,
             "layer": layer,
             "rounding": rounding,
-            "dtype": "f32",
+            "dtype": dtype,
         }
         types = [x.type] + ([cache.type] if cache is not None else [])
         results = graph.add(Operation("attention", [qkv, cache, position, *by], attributes, types)).results
@@ -195,7 +197,7 @@ def model_graph(
         inner = linear(layer_norm(x), 4 * width, None, activation)
         x = linear(inner, width, x, None)
     if last is not None:
-        type = TensorType("f32", (shape.batch, width))
+        type = TensorType(dtype, (shape.batch, width))
         x = graph.add(Operation("last_rows", [x, last], {}, [type])).results[0]
     logits = linear(layer_norm(x), shape.vocabulary, None, None, bias=False)
     graph.outputs = [logits] if cache is None else [logits, cache]
