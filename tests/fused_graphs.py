@@ -70,10 +70,11 @@ def linear_graph(
     input_dtype: str | None = None,
     activation: str | None = None,
     norm: tuple[np.ndarray, np.ndarray] | None = None,
+    dtype: str = "f32",
 ) -> Graph:
     graph = Graph()
     shape = (1, None)
-    x = start = add_input(graph, "x", "f32", (*shape, width))
+    x = start = add_input(graph, "x", dtype, (*shape, width))
     operands = [constant(graph, each) for each in (weight, scale, bias)]
     residual = add_input(graph, "residual", "f32", (*shape, len(weight))) if has_residual else None
     if norm is not None:
@@ -134,7 +135,8 @@ def model_graph(
     tables: str = "f16",
     dtype: str = "f32",
 ) -> Graph:
-    """embedding, layers, last_rows, layer_norm, head; without ``cache_dtype`` the stateless form."""
+    """embedding, layers, last_rows, layer_norm, head; without ``cache_dtype`` the stateless form. ``dtype`` is that of
+    activations."""
     random = np.random.default_rng(seed)
     graph = Graph()
     idx = add_input(graph, "idx", "i32", (shape.batch, None))

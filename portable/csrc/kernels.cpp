@@ -2,7 +2,9 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "float_panels.h"
 #include "input_stage.h"
+#include "integer_panels.h"
 #include "integer_products.h"
 #include "products.h"
 #include "rows.h"
@@ -14,7 +16,8 @@ namespace nvtripy_portable::ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ISA_STRING(ISA), layer_norm, prepare, prepare_integers, products, integer_products, finish,
+    ISA_STRING(ISA), layer_norm, prepare, prepare_integers, products, integer_products,
+    float_panels, integer_panels, prepare_panel_integers, finish,
     load_row, store_row, attend, merge, divide, block_maxima, read,
 };
 

@@ -90,6 +90,17 @@ struct Kernels {
     void (*integer_products)(const Matrix& weight, const IntegerRow* x, int64_t tokens, int64_t begin, int64_t end,
                              float* y, int64_t y_stride);
 
+    // What `products` computes, for more tokens: up to kPanelTokens tokens meet up to kPanelColumns rows of weights. The
+    // scratch memory has kPanelScratch floats.
+    void (*float_panels)(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin,
+                         int64_t end, float* y, int64_t y_stride, float* scratch);
+    // The same from integer rows of `prepare_panel_integers`, x_stride floats apart; the weight is int8 or int4.
+    void (*integer_panels)(const Matrix& weight, IntegerRow x, int64_t x_stride, int64_t tokens, int64_t begin,
+                           int64_t end, float* y, int64_t y_stride, float* scratch);
+    // As prepare_integers, in the order in which integer_panels reads.
+    void (*prepare_panel_integers)(const InputStage& stage, Dtype weight, const float* x, float* scratch,
+                                   IntegerRow row);
+
     // y = activation(y + bias) + residual; bias and residual may be nullptr.
     void (*finish)(float* y, int64_t count, const float* bias, Activation activation, const float* residual);
 
@@ -120,6 +131,10 @@ struct Kernels {
 constexpr int64_t kPanelRows = 12;
 constexpr int64_t kPanelWidth = 512;
 constexpr int64_t kPanelFloats = kPanelRows * kPanelWidth;
+constexpr int64_t kPanelColumns = 64;   // of a panel for many tokens: rows of weights, side by side
+constexpr int64_t kPanelDepth = 128;    // numbers of each: one block of integer inputs
+constexpr int64_t kPanelTokens = 256;
+constexpr int64_t kPanelScratch = kPanelColumns * (kPanelDepth + kPanelTokens);
 constexpr int64_t kKeyChunk = 256;  // keys that are attended to together
 constexpr int64_t kQueryTile = 4;
 constexpr int64_t kAttendFloats = kQueryTile * (kKeyChunk + 64);

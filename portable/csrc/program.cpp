@@ -8,8 +8,6 @@ namespace nvtripy_portable {
 namespace {
 
 constexpr int64_t kFewTokens = 4;        // up to here weights are used as they are stored
-constexpr int64_t kTokenBlock = 128;     // inputs that meet a panel of weights together
-constexpr int64_t kPanels = 4;           // of weights that meet the same inputs in one unit of work
 constexpr int64_t kUnitBytes = 32 << 10; // of weights: the least that is worth sharing out
 constexpr int64_t kUnits = 32;           // that a large weight is cut into
 
@@ -70,7 +68,7 @@ Program::Program(const Kernels& kernels, std::vector<Operation> operations, std:
         widest = std::max({widest, operation.stage.width, operation.weight.width, operation.head_size});
     // For a few tokens: their inputs in float32, then as integers; besides a panel, or scores and partial sums.
     thread_floats_ = (kFewTokens + 1) * padded(widest) + kFewTokens * integer_row_floats(widest) +
-                     std::max<int64_t>(kPanelFloats, kAttendFloats + kQueryTile * padded(widest)) + 64;
+                     std::max({kPanelFloats, kPanelScratch, kAttendFloats + kQueryTile * padded(widest)}) + 64;
 }
 
 void Program::plan(Call& call) {
@@ -134,7 +132,10 @@ void Program::plan(Call& call) {
                 break;
             }
             case Kind::linear:
-                if (y.rows() > kFewTokens && !is_plain(operation.stage))
+                if (y.rows() <= kFewTokens) break;
+                if (takes_integers(operation))
+                    shared = std::max(shared, y.rows() * integer_row_floats(operation.stage.width));
+                else if (!is_plain(operation.stage))
                     shared = std::max(shared, y.rows() * padded(operation.stage.width));
                 break;
             default: break;
@@ -236,22 +237,33 @@ void Program::linear(const Operation& operation, const Call&, ThreadPool& pool) 
         });
         return;
     }
-    const float* rows_in = x.data;
-    int64_t stride = width;
-    if (!is_plain(stage)) {
-        pool.each(divide_up(tokens, 4), [&](int64_t unit, int) {
-            for (int64_t t = unit * 4; t < std::min(unit * 4 + 4, tokens); ++t)
-                kernels_.prepare(stage, x.data + t * width, shared_.data() + t * wide);
+    // Many tokens: all inputs are prepared first, then panels of weights meet up to kPanelTokens of them.
+    const bool integer = takes_integers(operation), plain = is_plain(stage) && !integer;
+    const int64_t stride = integer ? integer_row_floats(width) : plain ? width : wide;
+    const float* rows_in = plain ? x.data : shared_.data();
+    if (!plain)
+        pool.each(divide_up(tokens, 4), [&](int64_t unit, int thread) {
+            for (int64_t t = unit * 4; t < std::min(unit * 4 + 4, tokens); ++t) {
+                float* to = shared_.data() + t * stride;
+                if (integer)
+                    kernels_.prepare_panel_integers(stage, weight.dtype, x.data + t * width, memory_of(thread),
+                                                    integer_row(to, width));
+                else
+                    kernels_.prepare(stage, x.data + t * width, to);
+            }
         });
-        rows_in = shared_.data();
-        stride = wide;
-    }
-    const int64_t rows = kPanels * kPanelRows, columns = divide_up(outputs, rows);
-    pool.each(columns * divide_up(tokens, kTokenBlock), [&](int64_t unit, int thread) {
-        const int64_t first = unit / columns * kTokenBlock, count = std::min(kTokenBlock, tokens - first);
-        const int64_t begin = unit % columns * rows, end = std::min(begin + rows, outputs);
-        kernels_.products(weight, rows_in + first * stride, stride, count, begin, end,
-                          y.data + first * outputs + begin, outputs, memory_of(thread));
+    const int64_t columns = divide_up(outputs, kPanelColumns), blocks = divide_up(tokens, kPanelTokens);
+    const int64_t block = divide_up(tokens, blocks);
+    pool.each(columns * blocks, [&](int64_t unit, int thread) {
+        const int64_t first = unit / columns * block, count = std::min(block, tokens - first);
+        const int64_t begin = unit % columns * kPanelColumns, end = std::min(begin + kPanelColumns, outputs);
+        float* to = y.data + first * outputs + begin;
+        if (integer)
+            kernels_.integer_panels(weight, integer_row(shared_.data() + first * stride, width), stride, count, begin,
+                                    end, to, outputs, memory_of(thread));
+        else
+            kernels_.float_panels(weight, rows_in + first * stride, stride, count, begin, end, to, outputs,
+                                  memory_of(thread));
         finish(first, count, begin, end);
     });
 }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace nvtripy_portable::ISA {
 
@@ -82,6 +83,34 @@ struct Nibbles {
 
 // Each of W / 4 numbers in four neighbouring lanes.
 inline F spread(const float* p) { return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])); }
+
+// Rows become columns.
+inline void transpose(F (&v)[8]) {
+    F quads[8];
+    for (int i = 0; i < 8; i += 4) {
+        const F a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        const F c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+        quads[i] = _mm256_shuffle_ps(a, c, 0x44);
+        quads[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        quads[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        quads[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int c = 0; c < 4; ++c) {
+        v[c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+        v[4 + c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
+    }
+}
+
+inline F as_floats(S x) { return _mm256_castsi256_ps(x); }
+inline void store_s(int16_t* p, S x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+// sum = dot(sum, a, b)
+inline void add_dot(I& sum, S a, S b) { sum = dot(sum, a, b); }
+// Two numbers, over and over.
+inline S set1_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm256_set1_epi32(pair);
+}
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace nvtripy_portable::ISA {
 
@@ -82,6 +83,41 @@ struct Nibbles {
 inline F spread(const float* p) {
     const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
+
+// Rows become columns.
+inline void transpose(F (&v)[16]) {
+    __m512d pairs[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512 a = _mm512_unpacklo_ps(v[i], v[i + 1]), b = _mm512_unpackhi_ps(v[i], v[i + 1]);
+        const __m512 c = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+        pairs[i] = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(c));
+        pairs[i + 1] = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(c));
+        pairs[i + 2] = _mm512_unpacklo_pd(_mm512_castps_pd(b), _mm512_castps_pd(d));
+        pairs[i + 3] = _mm512_unpackhi_pd(_mm512_castps_pd(b), _mm512_castps_pd(d));
+    }
+    // Lane l of pairs[4 r + c] is column 4 l + c of rows 4 r to 4 r + 3.
+    for (int c = 0; c < 4; ++c) {
+        const F p = _mm512_castpd_ps(pairs[c]), q = _mm512_castpd_ps(pairs[4 + c]);
+        const F r = _mm512_castpd_ps(pairs[8 + c]), s = _mm512_castpd_ps(pairs[12 + c]);
+        const F pq_even = _mm512_shuffle_f32x4(p, q, 0x88), pq_odd = _mm512_shuffle_f32x4(p, q, 0xdd);
+        const F rs_even = _mm512_shuffle_f32x4(r, s, 0x88), rs_odd = _mm512_shuffle_f32x4(r, s, 0xdd);
+        v[c] = _mm512_shuffle_f32x4(pq_even, rs_even, 0x88);
+        v[4 + c] = _mm512_shuffle_f32x4(pq_odd, rs_odd, 0x88);
+        v[8 + c] = _mm512_shuffle_f32x4(pq_even, rs_even, 0xdd);
+        v[12 + c] = _mm512_shuffle_f32x4(pq_odd, rs_odd, 0xdd);
+    }
+}
+
+inline F as_floats(S x) { return _mm512_castsi512_ps(x); }
+inline void store_s(int16_t* p, S x) { _mm512_storeu_si512(p, x); }
+// sum = dot(sum, a, b), in place: GCC 12 copies the sums of the intrinsic from register to register, and to memory too.
+inline void add_dot(I& sum, S a, S b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+// Two numbers, over and over.
+inline S set1_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -120,6 +120,23 @@ struct Nibbles {
 // Each of W / 4 numbers in four neighbouring lanes.
 inline F spread(const float* p) { return set1(p[0]); }
 
+// Rows become columns.
+inline void transpose(F (&v)[4]) {
+    const F a = v[0], b = v[1], c = v[2], d = v[3];
+    for (int i = 0; i < 4; ++i) v[i] = F{a[i], b[i], c[i], d[i]};
+}
+
+inline F as_floats(S x) { return reinterpret_cast<F>(x); }
+inline void store_s(int16_t* p, S x) { std::memcpy(p, &x, sizeof x); }
+// Two numbers, over and over.
+inline S set1_pair(const int16_t* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return reinterpret_cast<S>(I{pair, pair, pair, pair});
+}
+// sum = dot(sum, a, b)
+inline void add_dot(I& sum, S a, S b) { sum = dot(sum, a, b); }
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace nvtripy_portable::ISA
