@@ -42,9 +42,9 @@ inline void arrange_for_int4(const int16_t* values, int16_t* to, int32_t* begin)
 }
 
 // Four scales, each in the four lanes of its 32 weights.
-inline F spread_groups(const float* own, int64_t first, int64_t per_scale, int64_t count) {
-    const auto at = [&](int64_t group) { return own[smaller(group / per_scale, count - 1)]; };
-    const __m128 four = per_scale == 1 && first + 4 <= count
+inline F spread_groups(const float* own, int64_t first, int64_t block, int64_t count) {
+    const auto at = [&](int64_t group) { return own[group_scale(group, block, count)]; };
+    const __m128 four = block == 32 && first + 4 <= count
                             ? _mm_loadu_ps(own + first)
                             : _mm_setr_ps(at(first), at(first + 1), at(first + 2), at(first + 3));
     const __m512i index = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -71,7 +71,7 @@ inline void byte_tile(const Matrix& weight, const IntegerRow* x, int64_t n, floa
             const float* own = scales + r * weight.scale_stride;
             F scale = zero();
             if constexpr (kScales == Scales::group)
-                scale = spread_groups(own, b * 4, weight.block / 32, weight.scale_stride);
+                scale = spread_groups(own, b * 4, weight.block, weight.scale_stride);
 #pragma GCC unroll 4
             for (int t = 0; t < kTokens; ++t) {
                 const auto* parts = reinterpret_cast<const int8_t*>(x[t].values + b * 128);

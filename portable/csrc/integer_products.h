@@ -73,9 +73,13 @@ inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, f
             if constexpr (kScales == Scales::block) scales[r] = own + b;
             if constexpr (kScales == Scales::group) {
                 // The last 128 inputs may have fewer groups than four.
-                for (int64_t g = 0; g < 4; ++g)
-                    groups[r][g] = own[smaller((b * 4 + g) / (weight.block / 32), weight.scale_stride - 1)];
-                scales[r] = groups[r];
+                if (weight.block == 32 && b * 4 + 4 <= weight.scale_stride) {
+                    scales[r] = own + b * 4;
+                } else {
+                    for (int64_t g = 0; g < 4; ++g)
+                        groups[r][g] = own[group_scale(b * 4 + g, weight.block, weight.scale_stride)];
+                    scales[r] = groups[r];
+                }
             }
         }
         const int16_t* values[kTokens];
