@@ -135,12 +135,17 @@ inline void integer_panels(const Matrix& weight, IntegerRow x, int64_t x_stride,
             if (weight.block)
                 for (int64_t c = 0; c < columns; ++c)
                     scales[c] = weight.scales[(begin + c) * weight.scale_stride + from / weight.block];
-            for (int64_t t = 0; t < tokens; t += kTileTokens)
+            for (int64_t t = 0; t < tokens; t += kTileTokens) {
+                const int64_t count = smaller<int64_t>(kTileTokens, tokens - t);
+                if (from == k)
+                    prefetch_part(weight, begin + t * columns / tokens, begin + (t + count) * columns / tokens,
+                                  k + kPanelDepth);
                 for (int64_t c = 0; c < columns; c += kTileColumns)
-                    integer_tiles(smaller<int64_t>(kTileTokens, tokens - t), x.values + t * x_stride * 2 + from,
+                    integer_tiles(count, x.values + t * x_stride * 2 + from,
                                   x.scales + t * x_stride + k / kPanelDepth, x_stride,
                                   panel + integer_panel_offset(c) + (from - k) * kTileColumns, run / 2, scales + c,
                                   sums + t * kPanelColumns + c, from > 0);
+            }
         }
     }
     if (!weight.block && weight.scales)

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "attention.h"
+#include "attention_tiles.h"
 #include "float_panels.h"
 #include "input_stage.h"
 #include "integer_panels.h"
@@ -18,7 +19,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     ISA_STRING(ISA), layer_norm, prepare, prepare_integers, products, integer_products,
     float_panels, integer_panels, prepare_panel_integers, finish,
-    load_row, store_row, attend, merge, divide, block_maxima, read,
+    load_row, store_row, attend, attend_block, merge, divide, block_maxima, read,
 };
 
 }  // namespace nvtripy_portable::ISA

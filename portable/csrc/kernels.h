@@ -115,6 +115,11 @@ struct Kernels {
     void (*attend)(const Attention& attention, const float* const* q, int64_t queries, const int64_t* seen,
                    const void* keys, const void* values, int64_t row_stride, int64_t begin, int64_t end,
                    Partial* partials, float* scratch);
+    // The whole softmax of up to kQueryBlock queries, q_stride apart, of which query t sees the first seen[t] keys, never
+    // fewer than the one before; the scratch memory has attend_block_floats(head_size) floats.
+    void (*attend_block)(const Attention& attention, const float* q, int64_t q_stride, int64_t queries,
+                         const int64_t* seen, const void* keys, const void* values, float* y, int64_t y_stride,
+                         float* scratch);
     // Continues one softmax with another's: first = first with second.
     void (*merge)(Partial& first, const Partial& second, int64_t head_size);
     // y = sums / total * value_scale.
@@ -137,6 +142,11 @@ constexpr int64_t kPanelTokens = 256;
 constexpr int64_t kPanelScratch = kPanelColumns * (kPanelDepth + kPanelTokens);
 constexpr int64_t kKeyChunk = 256;  // keys that are attended to together
 constexpr int64_t kQueryTile = 4;
+constexpr int64_t kQueryBlock = 48;
+constexpr int64_t attend_block_floats(int64_t head_size) {
+    const int64_t wide = (head_size + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+    return kPanelScratch + kQueryBlock * (kPanelColumns + wide) + (kPanelColumns + 1) * wide;
+}
 constexpr int64_t kAttendFloats = kQueryTile * (kKeyChunk + 64);
 
 namespace portable { extern const Kernels kernels; }

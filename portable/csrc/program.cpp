@@ -8,6 +8,7 @@ namespace nvtripy_portable {
 namespace {
 
 constexpr int64_t kFewTokens = 4;        // up to here weights are used as they are stored
+constexpr int64_t kManyQueries = 12;     // from here on keys and values are widened once for a block of queries
 constexpr int64_t kUnitBytes = 32 << 10; // of weights: the least that is worth sharing out
 constexpr int64_t kUnits = 32;           // that a large weight is cut into
 
@@ -63,12 +64,15 @@ Program::Program(const Kernels& kernels, std::vector<Operation> operations, std:
     int last_buffer = kNone;
     for (const int buffer : buffers_) last_buffer = std::max(last_buffer, buffer);
     memory_ = std::vector<Memory>(static_cast<size_t>(last_buffer + 1));
-    int64_t widest = 0;
-    for (const Operation& operation : operations_)
+    int64_t widest = 0, head_size = 0;
+    for (const Operation& operation : operations_) {
+        head_size = std::max(head_size, operation.head_size);
         widest = std::max({widest, operation.stage.width, operation.weight.width, operation.head_size});
+    }
     // For a few tokens: their inputs in float32, then as integers; besides a panel, or scores and partial sums.
     thread_floats_ = (kFewTokens + 1) * padded(widest) + kFewTokens * integer_row_floats(widest) +
-                     std::max({kPanelFloats, kPanelScratch, kAttendFloats + kQueryTile * padded(widest)}) + 64;
+                     std::max({kPanelFloats, kPanelScratch, attend_block_floats(head_size),
+                               kAttendFloats + kQueryTile * padded(widest)}) + 64;
 }
 
 void Program::plan(Call& call) {
@@ -328,8 +332,8 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
         }
     };
     const bool rounds = operation.rounding != Rounding::none;
-    const Attention form{cache.dtype, size, operation.score_scale * (rounds ? operation.k_scale : 1.0f), 1.0f};
     const float value_scale = rounds ? operation.v_scale : 1.0f;
+    const Attention form{cache.dtype, size, operation.score_scale * (rounds ? operation.k_scale : 1.0f), value_scale};
     const auto seen_by = [&](int64_t b, int64_t t) {
         return std::clamp<int64_t>((position ? position[b] : 0) + t + 1, 0, cache.context);
     };
@@ -388,6 +392,21 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
         return;
     }
     pool.each(batch * heads, [&](int64_t head, int) { store(head / heads, head % heads); });
+    if (length >= kManyQueries) {
+        const int64_t blocks = divide_up(length, kQueryBlock);
+        pool.each(batch * heads * blocks, [&](int64_t unit, int thread) {
+            // The last queries see the most keys: they are shared out first.
+            const int64_t head = unit % (batch * heads), b = head / heads, h = head % heads;
+            const int64_t t = (blocks - 1 - unit / (batch * heads)) * kQueryBlock;
+            const int64_t queries = std::min(kQueryBlock, length - t);
+            int64_t seen[kQueryBlock];
+            for (int64_t i = 0; i < queries; ++i) seen[i] = seen_by(b, t + i);
+            kernels_.attend_block(form, x.data + (b * length + t) * 3 * width + h * size, 3 * width, queries, seen,
+                                  rows_of(0, b, h), rows_of(1, b, h), y.data + (b * length + t) * width + h * size,
+                                  width, memory_of(thread));
+        });
+        return;
+    }
     const int64_t query_tiles = divide_up(length, kQueryTile);
     pool.each(batch * heads * query_tiles, [&](int64_t unit, int thread) {
         float* own = memory_of(thread);
