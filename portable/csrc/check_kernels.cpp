@@ -75,7 +75,8 @@ void expect(const char* what, const char* isa, double got, double wanted, double
     if (++failures < 20) std::printf("%s on %s: expected %g but got %g\n", what, isa, wanted, got);
 }
 
-void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t rows, int64_t width, int64_t block) {
+void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t rows, int64_t width, int64_t block,
+                  bool takes_integers) {
     const Stored weight = stored(dtype, rows, width);
     const int64_t blocks = block ? width / block : 1;
     const std::vector<float> scales = floats(rows * blocks), bias = floats(rows), x = floats(tokens * width);
@@ -85,6 +86,7 @@ void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t r
     linear.stage.width = width;
     linear.weight = {weight.bytes.data(), dtype, rows, width, scales.data(), blocks, block, false};
     linear.bias = bias.data();
+    linear.takes_integers = takes_integers;
     Program program(kernels, {linear}, {kNone, kNone}, {width, rows}, {0}, {1});
     std::vector<float> y(static_cast<size_t>(tokens * rows));
     program.run({}, {}, {{const_cast<float*>(x.data()), 1, tokens}}, {{y.data(), 1, tokens}});
@@ -183,13 +185,18 @@ int main() {
             ThreadPool::instance().set_threads(threads);
             for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::i8, Dtype::i4, Dtype::f8}) {
                 for (const int64_t tokens : {1, 3, 4, 5, 9}) {
-                    for (const int64_t width : {1, 31, 515}) check_linear(kernels, dtype, tokens, 13, width, 0);
-                    for (const int64_t block : {32, 96, 128}) check_linear(kernels, dtype, tokens, 5, block * 3, block);
+                    for (const bool integers : {false, true}) {
+                        for (const int64_t width : {1, 31, 515})
+                            check_linear(kernels, dtype, tokens, 13, width, 0, integers);
+                        for (const int64_t block : {32, 96, 128})
+                            check_linear(kernels, dtype, tokens, 5, block * 3, block, integers);
+                    }
+                    check_linear(kernels, dtype, tokens * 33, 67, 130, 0, true);
                     check_rows(kernels, dtype, tokens, 33);
                 }
                 if (dtype == Dtype::i4 || dtype == Dtype::f8) continue;
                 for (const int64_t size : {3, 16, 40})
-                    for (const int64_t tokens : {1, 2, 7}) {
+                    for (const int64_t tokens : {1, 2, 7, 50}) {
                         check_attention(kernels, dtype, tokens, 300, size, 290);
                         check_attention(kernels, dtype, tokens, 5, size, -1);
                     }

@@ -18,7 +18,12 @@ inline float rounded(float value, Rounding rounding, float scale) {
 }
 
 inline void store_row(const float* x, int64_t count, Rounding rounding, float scale, Dtype dtype, void* y) {
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+#if ISA_NUMBER(ISA) != 1
+    if (rounding == Rounding::none && dtype == Dtype::f16)  // as most caches are
+        for (; i + W <= count; i += W) store_f16(static_cast<uint16_t*>(y) + i, load(x + i));
+#endif
+    for (; i < count; ++i) {
         const float value = rounded(x[i], rounding, scale);
         switch (dtype) {
             case Dtype::f32: static_cast<float*>(y)[i] = value; break;
