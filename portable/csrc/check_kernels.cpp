@@ -193,11 +193,12 @@ int main() {
                         for (const int64_t block : {32, 64, 96, 128, 256})
                             check_linear(kernels, dtype, tokens, 5, block * 3, block, true);
                     }
+                    check_linear(kernels, dtype, tokens * 33, 67, 130, 0, true);
                     check_rows(kernels, dtype, tokens, 33);
                 }
                 if (dtype == Dtype::i4 || dtype == Dtype::f8) continue;
                 for (const int64_t size : {3, 16, 40})
-                    for (const int64_t tokens : {1, 2, 7}) {
+                    for (const int64_t tokens : {1, 2, 7, 50}) {
                         check_attention(kernels, dtype, tokens, 300, size, 290);
                         check_attention(kernels, dtype, tokens, 5, size, -1);
                     }

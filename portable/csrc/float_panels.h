@@ -90,8 +90,10 @@ __attribute__((always_inline)) inline void prefetch_part(const Matrix& weight, i
     }
     const int64_t row_bytes = weight.row_bytes(), bytes = row_bytes * kPanelDepth / weight.width;
     const char* part = static_cast<const char*>(weight.data) + row_bytes * first / weight.width;
-    for (int64_t n = begin; n < end; ++n)
+    for (int64_t n = begin; n < end; ++n) {
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(part + n * row_bytes + i, 0, 2);
+        __builtin_prefetch(part + n * row_bytes + bytes - 1, 0, 2);  // rows may begin within a cache line
+    }
 }
 
 inline void float_panels(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin,

@@ -15,7 +15,7 @@ from nvtripy_portable.plan import Plan
 native = pytest.importorskip("nvtripy_portable._native", reason="the native executor is not built")
 
 ISAS = native.available_isas()
-TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64)
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 64)
 
 #: Float32 sums in another order: some last places of the largest term.
 EXACT = {"rtol": 2e-5, "atol": 2e-5}
@@ -100,6 +100,39 @@ def test_scales_of_blocks(isa: str, weight_dtype: str, block: int, tokens: int) 
             weight = (weight * np.float16(16)).astype(np.float16)
         graph = linear_graph(weight, scale, weight_dtype, width)
         check(graph, [x], tolerance_of(weight, scale, weight_dtype, x))
+
+
+@pytest.mark.parametrize("tokens", (1, 3, 5, 6, 7, 64, 257))
+@pytest.mark.parametrize("weight_dtype", ("i8", "i4"))
+def test_inputs_of_16_bits_become_integers(isa: str, weight_dtype: str, tokens: int) -> None:
+    random = np.random.default_rng([tokens, *weight_dtype.encode()])
+    scales = (*("none", "scalar", "rows"), *("32", "64", "96", "128", "160", "192", "256"))
+    for rows, width in ((1, 1), (13, 130), (65, 256), (130, 771), (3, 1600)):
+        for scale_of in scales[:3]:
+            check_integers(random, weight_dtype, rows, width, scale_of, tokens)
+    for rows, blocks in ((1, 1), (70, 3)):
+        for scale_of in scales[3:]:
+            check_integers(random, weight_dtype, rows, int(scale_of) * blocks, scale_of, tokens)
+
+
+def check_integers(
+    random: np.random.Generator, weight_dtype: str, rows: int, width: int, scales: str, tokens: int
+) -> None:
+    weight, scale = random_weight(random, weight_dtype, rows, width, scales)
+    x = random.standard_normal((1, tokens, width)).astype(np.float16)
+    if scale is None:
+        x /= np.float16(64 if weight_dtype == "i8" else 4)
+    graph = linear_graph(weight, scale, weight_dtype, width, dtype="f16")
+    check(graph, [x], tolerance_of(weight, scale, weight_dtype, x))
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
+def test_more_tokens_than_meet_a_panel_together(isa: str, weight_dtype: str) -> None:
+    random = np.random.default_rng([*weight_dtype.encode()])
+    for tokens, rows, width in ((257, 63, 129), (300, 65, 128), (515, 8, 40)):
+        weight, scale = random_weight(random, weight_dtype, rows, width, "rows")
+        x = random.standard_normal((1, tokens, width)).astype(np.float32)
+        check(linear_graph(weight, scale, weight_dtype, width), [x], EXACT)
 
 
 @pytest.mark.parametrize("tokens", (1, 3, 6, 17))
@@ -215,7 +248,7 @@ def test_embedding_takes_indices_as_numpy_does(isa: str, tables: str) -> None:
 )
 def test_attention_over_a_cache(isa: str, dtype: str, rounding: str | None, tokens: int) -> None:
     random = np.random.default_rng([tokens, *dtype.encode()])
-    for heads, size, context in ((1, 3, 70), (3, 16, 600), (2, 64, 300), (1, 80, 130)):
+    for heads, size, context in ((1, 3, 70), (3, 16, 600), (2, 64, 300), (1, 80, 130), (1, 136, 70)):
         graph = Graph()
         qkv = add_input(graph, "qkv", "f32", (2, None, 3 * heads * size))
         position = add_input(graph, "position", "i32", (2,))
@@ -264,6 +297,14 @@ def test_the_whole_model_on_every_instruction_set(isa: str) -> None:
     graph = model_graph(shape, cache_dtype=None)
     ids = np.random.default_rng(0).integers(0, shape.vocabulary, (2, 20)).astype(np.int32)
     check(graph, [ids], {"rtol": 1e-4, "atol": 1e-4})
+
+
+@pytest.mark.parametrize(("weight_dtype", "scales"), [("i8", "rows"), ("i4", "32"), ("f16", "none")])
+def test_a_model_in_half_precision(isa: str, weight_dtype: str, scales: str) -> None:
+    shape = Shape(batch=2, context=64)
+    graph = model_graph(shape, weight_dtype=weight_dtype, scales=scales, cache_dtype=None, dtype="f16")
+    ids = np.random.default_rng(0).integers(0, shape.vocabulary, (2, 50)).astype(np.int32)
+    check(graph, [ids], {"rtol": 2e-2, "atol": 2e-2})
 
 
 @pytest.mark.parametrize("module", [native, None], ids=["native", "NumPy"])
