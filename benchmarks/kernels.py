@@ -84,7 +84,7 @@ def main() -> None:
     print("".join(f" {f'prefill {each}':>12} {'GFLOP/s':>8}" for each in lengths))
     for name in options.only.split(","):
         # Activations are float16, as example.py has them by default: that allows int16 inputs for integer weights.
-        graph = model_graph(GPT2, cache_dtype="f16", dtype="f16", **VARIANTS[name])  # type: ignore[arg-type]
+        graph = model_graph(GPT2, cache_dtype="f16", dtype="f16", **VARIANTS[name])
         executor = Executor.of(graph)
         assert executor is not None
         token, last = np.ones((1, 1), np.int32), np.zeros(1, np.int32)

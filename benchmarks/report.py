@@ -262,7 +262,8 @@ def plot(run: Run, path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(names))]
     limit_line = plt.Line2D([], [], color="black", linestyle="--", linewidth=1)
     labels = [*names, "weights ÷ bandwidth"]
-    figure.legend([*handles, limit_line], labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    columns = 3 if len(shapes) == 1 else len(labels)  # as many as the figure is wide
+    figure.legend([*handles, limit_line], labels, loc="lower center", ncols=columns, frameon=False)
+    figure.tight_layout(rect=(0, 0.08 if columns == len(labels) else 0.14, 1, 1))
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
