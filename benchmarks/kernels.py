@@ -83,7 +83,7 @@ def main() -> None:
     lengths = [int(each) for each in options.prefill.split(",") if each]
     print("".join(f" {f'prefill {each}':>12} {'GFLOP/s':>8}" for each in lengths))
     for name in options.only.split(","):
-        graph = model_graph(GPT2, cache_dtype="f16", **({"dtype": "f16"} | VARIANTS[name]))  # type: ignore[arg-type]
+        graph = model_graph(GPT2, cache_dtype="f16", **({"dtype": "f16"} | VARIANTS[name]))
         executor = Executor.of(graph)
         assert executor is not None
         token, last = np.ones((1, 1), np.int32), np.zeros(1, np.int32)
