@@ -55,11 +55,16 @@ inline void float_tiles(int64_t tokens, const float* x, int64_t x_stride, const 
 // Where row `row` of a panel begins; a step further down the row is kTileColumns numbers further.
 inline int64_t panel_offset(int64_t row) { return row / kTileColumns * kTileColumns * kPanelDepth + row % kTileColumns; }
 
-// Numbers first <= k < first + depth of the rows begin to end, and zeros for what is missing of the last vector.
+// The end of the last tile of a panel that has the rows begin to end.
+inline int64_t tiles_end(int64_t begin, int64_t end) {
+    return begin + (end - begin + kTileColumns - 1) / kTileColumns * kTileColumns;
+}
+
+// Numbers first <= k < first + depth of the rows begin to end, and zeros for what is missing of the last tile.
 inline void fill_panel(const Matrix& weight, int64_t begin, int64_t end, int64_t first, int64_t depth, float* panel) {
     alignas(64) float rows[W * kPanelDepth];
     const int64_t padded = (depth + W - 1) / W * W;
-    for (int64_t n = begin; n < end; n += W) {
+    for (int64_t n = begin; n < tiles_end(begin, end); n += W) {
         for (int64_t r = 0; r < W; ++r) {
             float* row = rows + r * kPanelDepth;
             int64_t filled = 0;

@@ -83,19 +83,21 @@ inline int64_t integer_panel_offset(int64_t row) {
     return row / kTileColumns * kTileColumns * kPanelDepth + row % kTileColumns * 2;
 }
 
-// The block of 128 weights `block` of the rows begin to end, zeros for what is missing.
+// The block of 128 weights `block` of the rows begin to end, zeros for what is missing of it and of the last tile.
 inline void fill_integer_panel(const Matrix& weight, int64_t begin, int64_t end, int64_t block, int16_t* panel) {
     const bool int4 = weight.dtype == Dtype::i4;
     const int64_t row_bytes = weight.row_bytes(), block_bytes = int4 ? kPanelDepth / 2 : kPanelDepth;
     const int64_t here = smaller(block_bytes, row_bytes - block * block_bytes);
-    for (int64_t n = begin; n < end; n += W) {
+    for (int64_t n = begin; n < tiles_end(begin, end); n += W) {
         const uint8_t* rows[W];
         uint8_t parts[W][kPanelDepth];
         for (int64_t r = 0; r < W; ++r) {
-            rows[r] = static_cast<const uint8_t*>(weight.data) + (n + r) * row_bytes + block * block_bytes;
-            if (n + r < end && here == block_bytes) continue;
+            const bool is_there = n + r < end;
+            const auto* data = static_cast<const uint8_t*>(weight.data);
+            rows[r] = is_there ? data + (n + r) * row_bytes + block * block_bytes : parts[r];
+            if (is_there && here == block_bytes) continue;
             std::memset(parts[r], 0, sizeof parts[r]);
-            if (n + r < end) std::memcpy(parts[r], rows[r], static_cast<size_t>(here));
+            if (is_there) std::memcpy(parts[r], rows[r], static_cast<size_t>(here));
             rows[r] = parts[r];
         }
         int16_t* to = panel + integer_panel_offset(n - begin);
