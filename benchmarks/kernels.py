@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "portable"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from fused_graphs import Shape, empty_cache, model_graph  # noqa: E402
 
