@@ -22,6 +22,16 @@ inline void relax() {
 }
 
 constexpr std::chrono::microseconds kLook{200};  // for the next task: about a decoding step's work outside of a run
+constexpr int kLooksForTheEnd = 4096;            // of a task: some 60 microseconds, longer than units take
+
+// The core that this thread is on, or -1 where that cannot be asked.
+inline int current_core() {
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
 
 }  // namespace
 
@@ -66,6 +76,7 @@ void ThreadPool::stop_workers() {
 
 void ThreadPool::share(Task task, int64_t units) {
     task_ = task;
+    caller_core_.store(current_core(), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     const uint32_t task_number = number(ticket_.load(std::memory_order_relaxed)) + 1;
     ticket_.store(static_cast<uint64_t>(task_number) << 32 | static_cast<uint64_t>(units) << 16);
@@ -73,13 +84,20 @@ void ThreadPool::share(Task task, int64_t units) {
     if (sleepers_.load() > 0) wake_workers();
     uint64_t last_task = kNoTask;
     take_units(0, last_task);
-    // What is left is in the hands of workers. Should one of them have lost its core, this one is for it.
-    for (int look = 0; done_.load(std::memory_order_acquire) != units; ++look) {
-        if (look < 4096)
-            relax();
-        else
-            std::this_thread::yield();
+    wait_until_done(static_cast<uint32_t>(units));
+}
+
+// What is left is in the hands of workers. One that does not finish soon has lost its core, and may need this one. Asleep,
+// not by yielding: two threads that yield to each other on one core stay there, with another core idle beside them, while
+// one that wakes up is put where there is room.
+void ThreadPool::wait_until_done(uint32_t units) {
+    for (int look = 0; look < kLooksForTheEnd; ++look) {
+        if (done_.load(std::memory_order_acquire) == units) return;
+        relax();
     }
+    is_caller_asleep_.store(true);
+    for (uint32_t done = done_.load(); done != units; done = done_.load()) done_.wait(done);
+    is_caller_asleep_.store(false, std::memory_order_relaxed);
 }
 
 void ThreadPool::take_units(int thread, uint64_t& last_task) {
@@ -90,7 +108,8 @@ void ThreadPool::take_units(int thread, uint64_t& last_task) {
         const bool is_first = number(ticket) != last_task;
         last_task = number(ticket);
         task_.call(task_.context, static_cast<int64_t>(next(ticket)), thread, is_first);
-        done_.fetch_add(1, std::memory_order_release);
+        // In the one order that all threads agree on: either the caller sees the sum, or this sees that it sleeps.
+        if (done_.fetch_add(1) + 1 == units(ticket) && is_caller_asleep_.load()) done_.notify_one();
         ticket = ticket_.load(std::memory_order_acquire);
     }
 }
@@ -106,7 +125,8 @@ void ThreadPool::work(int thread) {
     }
 }
 
-// First by looking, which costs a core but answers within nanoseconds, then asleep.
+// First by looking, which costs a core but answers within nanoseconds, then asleep. At once where that core is the
+// caller's: it would wait for this thread to stop looking.
 void ThreadPool::wait_for_task(uint64_t old) {
     const auto end = std::chrono::steady_clock::now() + kLook;
     do {
@@ -114,6 +134,8 @@ void ThreadPool::wait_for_task(uint64_t old) {
             if (ticket_.load(std::memory_order_relaxed) != old) return;
             relax();
         }
+        const int core = current_core();
+        if (core >= 0 && core == caller_core_.load(std::memory_order_relaxed)) break;
     } while (std::chrono::steady_clock::now() < end);
     const uint32_t wakes = wakes_.load();
     sleepers_.fetch_add(1);

@@ -86,6 +86,7 @@ private:
     void share(Task task, int64_t units);
     // Takes units of the task at hand until there is none left. `last_task` is the number of the last one that it found.
     void take_units(int thread, uint64_t& last_task);
+    void wait_until_done(uint32_t units);
     void work(int thread);
     void wait_for_task(uint64_t old);
     void wake_workers();
@@ -96,8 +97,10 @@ private:
     Task task_;  // changes only while no unit of it is left to be done
 
     alignas(64) std::atomic<uint64_t> ticket_{0};
-    alignas(64) std::atomic<int64_t> done_{0};
+    alignas(64) std::atomic<uint32_t> done_{0};
+    std::atomic<bool> is_caller_asleep_{false};
     alignas(64) std::atomic<int> sleepers_{0};
+    std::atomic<int> caller_core_{-1};
     std::atomic<uint32_t> wakes_{0};
     std::atomic<bool> is_stopping_{false};
 };
