@@ -49,16 +49,13 @@ class Engine:
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
         self._executable = executable
-        self._empty_cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
-        self._cache = self._empty_cache
+        self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
         self._inputs: dict[tuple[str, tuple[int, ...]], _Input] = {}
-
-    def start(self) -> None:
-        """Forgets every sequence. What an unused slot holds is never read, so the old cache would do: this frees it."""
-        self._cache = self._empty_cache
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences.
+
+        A new sequence begins at position 0, in the old one's memory: what the cache holds beyond a position is never read.
 
         Args:
             idx: Token ids, (B, T) int32.

@@ -23,11 +23,9 @@ class CachedModel(Protocol):
     batch: int
     context: int
 
-    def start(self) -> None:
-        """Forgets every sequence."""
-
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Appends tokens (B, T) at ``position`` (B,); returns float32 logits (B, V) for each row's token ``last``."""
+        """Appends tokens (B, T) at ``position`` (B,), 0 for a new sequence; returns float32 logits (B, V) for each row's
+        token ``last``."""
 
 
 class Sampler:
@@ -120,7 +118,6 @@ def generate(
     idx = np.zeros((model.batch, int(lengths.max())), dtype=np.int32)
     for row, prompt in enumerate(prompts):
         idx[row, : len(prompt)] = prompt
-    model.start()
     logits = model.step(idx, np.zeros(model.batch, dtype=np.int32), lengths - 1)
 
     tokens = np.zeros((model.batch, 1), dtype=np.int32)

@@ -51,7 +51,6 @@ class Ours:
         self._engine = open_engine(open_checkpoint(task.model), "float16", 1, task.engines)
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
-        self._engine.start()
         last = np.array([len(prompt) - 1], np.int32)
         return self._engine.step(np.array([prompt], np.int32), np.zeros(1, np.int32), last)[0]
 

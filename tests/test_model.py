@@ -98,7 +98,6 @@ def test_random_architectures_equal_transformers(
     assert relative_error(stateless_logits(gpt, idx), reference) <= TOLERANCES[dtype]
 
     engine = Engine(compile_model(gpt, batch), config, batch)
-    engine.start()
     logits = engine.step(idx[:, :split], np.zeros(batch, np.int32), np.full(batch, split - 1, np.int32))
     found = [logits]
     for position in range(split, length):
@@ -125,7 +124,6 @@ def test_124m_equals_transformers(gpt2_size: tuple[Path, np.ndarray, np.ndarray]
     assert relative_error(stateless_logits(gpt, idx), reference) <= TOLERANCES[dtype]
     engine = Engine(compile_model(gpt, 1), config, 1)
     del gpt
-    engine.start()
     zero = np.zeros(1, np.int32)
     logits = engine.step(idx[:, :23], zero, zero + 22)
     assert relative_error(logits, reference[:, 22]) <= TOLERANCES[dtype]
@@ -155,7 +153,6 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(tmp_path: Path) -> 
     padded = np.where(np.arange(7) < lengths[:, None], rows[:, :7], 49).astype(np.int32)
     reference = reference_logits(reference_model, rows)
 
-    engine.start()
     logits = engine.step(padded, np.zeros(3, np.int32), lengths - 1)
     for _ in range(5):
         for row in range(3):

@@ -113,7 +113,6 @@ def test_cached_steps(embedded: Callable[[str], Quantized], case: str) -> None:
     checkpoint = open_checkpoint(quantized.folder)
     config = config_of(checkpoint, "float16")
     engine = Engine(compile_model(load_model(checkpoint, config), 1), config, 1)
-    engine.start()
     zero = np.zeros(1, np.int32)
     found = [engine.step(quantized.idx[:, :80], zero, zero + 79)]
     found += [engine.step(quantized.idx[:, at : at + 1], zero + at, zero) for at in range(80, 96)]

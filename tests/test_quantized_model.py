@@ -110,7 +110,6 @@ class Quantized:
     def cached_logits(self, split: int) -> np.ndarray:
         batch, length = IDX.shape
         engine = Engine(compile_model(self.gpt, batch), self.config, batch)
-        engine.start()
         zeros = np.zeros(batch, np.int32)
         logits = [engine.step(IDX[:, :split], zeros, zeros + split - 1)]
         logits += [engine.step(IDX[:, at : at + 1], zeros + at, zeros) for at in range(split, length)]
