@@ -60,11 +60,38 @@ inline int64_t tiles_end(int64_t begin, int64_t end) {
     return begin + (end - begin + kTileColumns - 1) / kTileColumns * kTileColumns;
 }
 
+// W rows of 16-bit numbers, row_numbers apart: turned on their side two at a time, before they are widened.
+template <void (*split)(S, F (&)[2])>
+inline void fill_from_pairs(const uint16_t* rows, int64_t row_numbers, int64_t depth, float* to) {
+    for (int64_t k = 0; k < depth; k += 2 * W) {
+        F square[W];
+        for (int r = 0; r < W; ++r)
+            square[r] = as_floats(load_s(reinterpret_cast<const int16_t*>(rows + r * row_numbers + k)));
+        transpose(square);
+        for (int i = 0; i < W; ++i) {
+            F both[2];
+            split(as_numbers(square[i]), both);
+            store(to + (k + 2 * i) * kTileColumns, both[0]);
+            store(to + (k + 2 * i + 1) * kTileColumns, both[1]);
+        }
+    }
+}
+
 // Numbers first <= k < first + depth of the rows begin to end, and zeros for what is missing of the last tile.
 inline void fill_panel(const Matrix& weight, int64_t begin, int64_t end, int64_t first, int64_t depth, float* panel) {
     alignas(64) float rows[W * kPanelDepth];
     const int64_t padded = (depth + W - 1) / W * W;
+    const bool in_pairs = !weight.scales && depth % (2 * W) == 0;
     for (int64_t n = begin; n < tiles_end(begin, end); n += W) {
+        const uint16_t* halves = static_cast<const uint16_t*>(weight.data) + n * weight.width + first;
+        if (in_pairs && n + W <= end && weight.dtype == Dtype::f16) {
+            fill_from_pairs<split_f16>(halves, weight.width, depth, panel + panel_offset(n - begin));
+            continue;
+        }
+        if (in_pairs && n + W <= end && weight.dtype == Dtype::bf16) {
+            fill_from_pairs<split_bf16>(halves, weight.width, depth, panel + panel_offset(n - begin));
+            continue;
+        }
         for (int64_t r = 0; r < W; ++r) {
             float* row = rows + r * kPanelDepth;
             int64_t filled = 0;
@@ -96,8 +123,8 @@ __attribute__((always_inline)) inline void prefetch_part(const Matrix& weight, i
     const int64_t row_bytes = weight.row_bytes(), bytes = row_bytes * kPanelDepth / weight.width;
     const char* part = static_cast<const char*>(weight.data) + row_bytes * first / weight.width;
     for (int64_t n = begin; n < end; ++n) {
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(part + n * row_bytes + i, 0, 2);
-        __builtin_prefetch(part + n * row_bytes + bytes - 1, 0, 2);  // rows may begin within a cache line
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(part + n * row_bytes + i, 0, 3);
+        __builtin_prefetch(part + n * row_bytes + bytes - 1, 0, 3);  // rows may begin within a cache line
     }
 }
 

@@ -101,6 +101,20 @@ inline void transpose(F (&v)[8]) {
     }
 }
 
+// W pairs of stored numbers as the W first ones and the W second ones.
+inline void split_f16(S pairs, F (&to)[2]) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                           0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, order), 0xd8);
+    to[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(apart));
+    to[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1));
+}
+inline void split_bf16(S pairs, F (&to)[2]) {
+    to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    to[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+
+inline S as_numbers(F x) { return _mm256_castps_si256(x); }
 inline F as_floats(S x) { return _mm256_castsi256_ps(x); }
 inline void store_s(int16_t* p, S x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 // sum = dot(sum, a, b)

@@ -109,6 +109,17 @@ inline void transpose(F (&v)[16]) {
     }
 }
 
+// W pairs of stored numbers as the W first ones and the W second ones.
+inline void split_f16(S pairs, F (&to)[2]) {
+    to[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    to[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
+inline void split_bf16(S pairs, F (&to)[2]) {
+    to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    to[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+
+inline S as_numbers(F x) { return _mm512_castps_si512(x); }
 inline F as_floats(S x) { return _mm512_castsi512_ps(x); }
 inline void store_s(int16_t* p, S x) { _mm512_storeu_si512(p, x); }
 // sum = dot(sum, a, b), in place: GCC 12 copies the sums of the intrinsic from register to register, and to memory too.

@@ -126,6 +126,20 @@ inline void transpose(F (&v)[4]) {
     for (int i = 0; i < 4; ++i) v[i] = F{a[i], b[i], c[i], d[i]};
 }
 
+// W pairs of stored numbers as the W first ones and the W second ones.
+inline void split_f16(S pairs, F (&to)[2]) {
+    uint16_t from[2 * W], parts[2 * W];
+    std::memcpy(from, &pairs, sizeof from);
+    for (int i = 0; i < W; ++i) parts[i] = from[2 * i], parts[W + i] = from[2 * i + 1];
+    to[0] = load_f16(parts);
+    to[1] = load_f16(parts + W);
+}
+inline void split_bf16(S pairs, F (&to)[2]) {
+    to[0] = reinterpret_cast<F>(reinterpret_cast<U>(pairs) << 16);
+    to[1] = reinterpret_cast<F>(reinterpret_cast<U>(pairs) & 0xffff0000u);
+}
+
+inline S as_numbers(F x) { return reinterpret_cast<S>(x); }
 inline F as_floats(S x) { return reinterpret_cast<F>(x); }
 inline void store_s(int16_t* p, S x) { std::memcpy(p, &x, sizeof x); }
 // Two numbers, over and over.
