@@ -62,8 +62,8 @@ inline void integer_tile(const Matrix& weight, const IntegerRow* x, int64_t n, f
         uint8_t last[kRows][kBytes];
         for (int r = 0; r < kRows; ++r) {
             w[r] = base + r * row_bytes + b * kBytes;
-            prefetch(w[r] + kBytesAhead);
-            if (!kInt4) prefetch(w[r] + kBytesAhead + 64);
+            prefetch_once(w[r] + kBytesAhead);
+            if (!kInt4) prefetch_once(w[r] + kBytesAhead + 64);
             if (b == whole) {  // the rest of a row, with zeros
                 std::memset(last[r], 0, kBytes);
                 std::memcpy(last[r], w[r], static_cast<size_t>(row_bytes - whole * kBytes));

@@ -103,7 +103,7 @@ inline void direct_tile(const typename Numbers::Stored* w, int64_t width, const 
     for (; k + kStep <= width; k += kStep) {
         for (int r = 0; r < kRows; ++r)
             for (int i = 0; i < kStep; i += kLine)
-                prefetch(w + r * width + k + i + kBytesAhead / static_cast<int>(sizeof(Stored)));
+                prefetch_once(w + r * width + k + i + kBytesAhead / static_cast<int>(sizeof(Stored)));
 #pragma GCC unroll 8
         for (int i = 0; i < kStep; i += 2 * W) {
             for (int r = 0; r < kRows; ++r) {
