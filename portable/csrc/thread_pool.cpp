@@ -63,6 +63,7 @@ void ThreadPool::set_threads(int threads) {
 
 void ThreadPool::start_workers() {
     stop_workers();
+    ranges_ = std::vector<Range>(static_cast<size_t>(threads_));
     for (int thread = 1; thread < threads_; ++thread) workers_.emplace_back(&ThreadPool::work, this, thread);
 }
 
@@ -76,15 +77,20 @@ void ThreadPool::stop_workers() {
 
 void ThreadPool::share(Task task, int64_t units) {
     task_ = task;
+    units_ = static_cast<uint32_t>(units);
     caller_core_.store(current_core(), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    const uint32_t task_number = number(ticket_.load(std::memory_order_relaxed)) + 1;
-    ticket_.store(static_cast<uint64_t>(task_number) << 32 | static_cast<uint64_t>(units) << 16);
-    // Both in the one order that all threads agree on: either this sees who is about to sleep, or they see the ticket.
+    const uint32_t number = number_.load(std::memory_order_relaxed) + 1;
+    const int64_t threads = team();
+    for (int64_t thread = 0; thread < threads; ++thread)
+        ranges_[static_cast<size_t>(thread)].word.store(
+            range(number, units * thread / threads, units * (thread + 1) / threads), std::memory_order_release);
+    number_.store(number);
+    // Both in the one order that all threads agree on: either this sees who is about to sleep, or they see the number.
     if (sleepers_.load() > 0) wake_workers();
     uint64_t last_task = kNoTask;
     take_units(0, last_task);
-    wait_until_done(static_cast<uint32_t>(units));
+    wait_until_done(units_);
 }
 
 // What is left is in the hands of workers. One that does not finish soon has lost its core, and may need this one. Asleep,
@@ -101,37 +107,44 @@ void ThreadPool::wait_until_done(uint32_t units) {
 }
 
 void ThreadPool::take_units(int thread, uint64_t& last_task) {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    while (next(ticket) < units(ticket)) {
-        if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+    const int threads = static_cast<int>(ranges_.size());
+    for (int i = 0; i < threads; ++i) take_from((thread + i) % threads, thread, last_task);
+}
+
+void ThreadPool::take_from(int owner, int thread, uint64_t& last_task) {
+    std::atomic<uint64_t>& word = ranges_[static_cast<size_t>(owner)].word;
+    uint64_t left = word.load(std::memory_order_acquire);
+    while (begin_of(left) < end_of(left)) {
+        const bool is_own = owner == thread;
+        const uint64_t rest = is_own ? left + 1 : left - kOneFromTheEnd;
+        if (!word.compare_exchange_weak(left, rest, std::memory_order_acq_rel)) continue;
         // The task stays until this unit is done.
-        const bool is_first = number(ticket) != last_task;
-        last_task = number(ticket);
-        task_.call(task_.context, static_cast<int64_t>(next(ticket)), thread, is_first);
+        const bool is_first = number_of(left) != last_task;
+        last_task = number_of(left);
+        const uint32_t units = units_;
+        task_.call(task_.context, is_own ? begin_of(left) : end_of(left) - 1, thread, is_first);
         // In the one order that all threads agree on: either the caller sees the sum, or this sees that it sleeps.
-        if (done_.fetch_add(1) + 1 == units(ticket) && is_caller_asleep_.load()) done_.notify_one();
-        ticket = ticket_.load(std::memory_order_acquire);
+        if (done_.fetch_add(1) + 1 == units && is_caller_asleep_.load()) done_.notify_one();
+        left = word.load(std::memory_order_acquire);
     }
 }
 
 void ThreadPool::work(int thread) {
     uint64_t last_task = kNoTask;
     while (!is_stopping_.load(std::memory_order_relaxed)) {
-        const uint64_t old = ticket_.load(std::memory_order_acquire);
-        if (next(old) < units(old))
-            take_units(thread, last_task);
-        else
-            wait_for_task(old);
+        const uint32_t number = number_.load(std::memory_order_acquire);
+        take_units(thread, last_task);
+        wait_for_task(number);
     }
 }
 
 // First by looking, which costs a core but answers within nanoseconds, then asleep. At once where that core is the
 // caller's: it would wait for this thread to stop looking.
-void ThreadPool::wait_for_task(uint64_t old) {
+void ThreadPool::wait_for_task(uint32_t old) {
     const auto end = std::chrono::steady_clock::now() + kLook;
     do {
         for (int look = 0; look < 64; ++look) {
-            if (ticket_.load(std::memory_order_relaxed) != old) return;
+            if (number_.load(std::memory_order_relaxed) != old) return;
             relax();
         }
         const int core = current_core();
@@ -139,7 +152,7 @@ void ThreadPool::wait_for_task(uint64_t old) {
     } while (std::chrono::steady_clock::now() < end);
     const uint32_t wakes = wakes_.load();
     sleepers_.fetch_add(1);
-    if (ticket_.load() == old && !is_stopping_.load()) wakes_.wait(wakes);
+    if (number_.load() == old && !is_stopping_.load()) wakes_.wait(wakes);
     sleepers_.fetch_sub(1);
 }
 

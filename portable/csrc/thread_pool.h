@@ -1,7 +1,8 @@
 // One pool of threads that stay: between tasks they look for the next one for a moment, then sleep.
 //
-// A task is a number of units of work, taken by whoever is free: the calling thread, and the workers. The caller goes on as
-// soon as the units are done, not when all workers have come by: one that the system has put aside, because other programs
+// A task is a number of units of work. Each thread, the caller among them, has a range of neighbouring ones, so that it reads
+// on in memory where it has just been, and asks for what it will need itself; who has finished takes over units from the ends
+// of the others' ranges. The caller goes on as soon as the units are done, not when all workers have come by: one that the system has put aside, because other programs
 // want its core, holds nobody up unless it is in the middle of a unit. Which thread computes a unit never changes what comes
 // out.
 #pragma once
@@ -71,12 +72,20 @@ private:
         const void* context = nullptr;
     };
 
-    // A ticket says which task it is of (32 bits), how many units that has and which is the next (16 bits each). Whoever
-    // changes it from one number to the next has taken that unit.
     static constexpr int64_t kMostUnits = (1 << 16) - 1;
-    static uint64_t next(uint64_t ticket) { return ticket & 0xFFFF; }
-    static uint64_t units(uint64_t ticket) { return ticket >> 16 & 0xFFFF; }
-    static uint32_t number(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+
+    // What is left of a thread's units: the task's number (32 bits), where they end and where they begin (16 bits each).
+    // Whoever moves the begin or the end by one has taken that unit.
+    struct alignas(64) Range {
+        std::atomic<uint64_t> word{0};
+    };
+    static constexpr uint64_t kOneFromTheEnd = 1 << 16;
+    static uint64_t range(uint32_t number, int64_t begin, int64_t end) {
+        return static_cast<uint64_t>(number) << 32 | static_cast<uint64_t>(end) << 16 | static_cast<uint64_t>(begin);
+    }
+    static int64_t begin_of(uint64_t range) { return static_cast<int64_t>(range & 0xFFFF); }
+    static int64_t end_of(uint64_t range) { return static_cast<int64_t>(range >> 16 & 0xFFFF); }
+    static uint32_t number_of(uint64_t range) { return static_cast<uint32_t>(range >> 32); }
 
     static constexpr uint64_t kNoTask = ~uint64_t{0};
 
@@ -84,19 +93,23 @@ private:
     void start_workers();
     void stop_workers();
     void share(Task task, int64_t units);
-    // Takes units of the task at hand until there is none left. `last_task` is the number of the last one that it found.
+    // Takes units of the task at hand until there is none left: its own, then others'. `last_task` is the number of the
+    // last one that it found.
     void take_units(int thread, uint64_t& last_task);
+    void take_from(int owner, int thread, uint64_t& last_task);
     void wait_until_done(uint32_t units);
     void work(int thread);
-    void wait_for_task(uint64_t old);
+    void wait_for_task(uint32_t old);
     void wake_workers();
 
     std::mutex calls_;
     std::atomic<int> threads_;
     std::vector<std::thread> workers_;
     Task task_;  // changes only while no unit of it is left to be done
+    uint32_t units_ = 0;
+    std::vector<Range> ranges_;  // of each thread, the caller's first
 
-    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<uint32_t> number_{0};  // of the task at hand
     alignas(64) std::atomic<uint32_t> done_{0};
     std::atomic<bool> is_caller_asleep_{false};
     alignas(64) std::atomic<int> sleepers_{0};
