@@ -67,7 +67,8 @@ class Executor:
         remaining = iter(arrays)
         for output in lowered.outputs:
             if output.cache is None:
-                results.append(reference.cast(next(remaining), dtype=output.dtype))
+                array = next(remaining)
+                results.append(array if array.dtype == output.dtype else reference.cast(array, dtype=output.dtype))
             else:
                 results.append(steps[output.cache].new)
         return results
