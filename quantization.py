@@ -198,14 +198,17 @@ def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> n
         QuantizationError: there is no text, or it is too short for one sample.
         CheckpointError: the checkpoint's tokenizer cannot be used.
     """
-    from tokenizer import load_tokenizer
+    from tokenizer import UnknownCharacterError, load_tokenizer
 
     context = checkpoint.config.n_positions
     length = min(CALIB_LENGTH, context) if config.calib_length is None else config.calib_length
     if length > context:
         raise QuantizationError(f"expected --calib-length to be at most the context of {context} but got {length}")
     text, source = calibration_text(config)
-    ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    try:
+        ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    except UnknownCharacterError as error:
+        raise QuantizationError(f"cannot calibrate on {source}: {error}; name a text with --calib-data") from None
     if len(ids) < length:
         raise QuantizationError(
             f"expected at least {length} tokens to calibrate on (one sample) but {source} has {len(ids)}"
