@@ -30,14 +30,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+import command_line
+from command_line import EMBEDDED_CHECKPOINT
 from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
 
 ROOT = Path(__file__).resolve().parent
-EMBEDDED_CHECKPOINT = ROOT / "checkpoints" / "shakespeare"
 CALIBRATION_TEXT = EMBEDDED_CHECKPOINT / "calibration.txt"
 REQUIREMENTS = ROOT / "requirements-quant.txt"
 
@@ -601,12 +602,6 @@ def _read_bytes(path: Path) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would print before it."""
-        raise QuantizationError(message)
-
-
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """The options that say how to quantize, for every program that takes them."""
     parser.add_argument("--quant-mode", metavar="MODE", help=f"quantize the weights: {', '.join(MODES)}")
@@ -652,30 +647,24 @@ def config_from(options: argparse.Namespace) -> QuantizationConfig:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    parser = _Parser(prog="quantization.py", description="Quantize a GPT-2 with NVIDIA ModelOpt.", allow_abbrev=False)
-    parser.add_argument(
-        "--model-type",
-        metavar="NAME",
-        default=EMBEDDED_CHECKPOINT,
-        help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
-    )
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Carries out the command."""
+    parser = command_line.Parser("quantization.py", "Quantize a GPT-2 with NVIDIA ModelOpt.")
+    command_line.add_model_arguments(parser)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     add_arguments(parser)
-    try:
-        options = parser.parse_args(arguments)
-        config = config_from(options)
-        quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
-    except (QuantizationError, CheckpointError) as error:
-        print(f"quantization.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    config = config_from(options)
+    quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
     sizes = _megabytes(options.output.glob("*.safetensors"))
-    print(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB", file=sys.stderr)
-    return 0
+    command_line.report(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
+    return command_line.main(
+        "quantization.py", lambda: run(arguments), QuantizationError, CheckpointError, prints=False
+    )
 
 
 def _kinds(config: QuantizationConfig) -> list[str]:
