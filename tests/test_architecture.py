@@ -28,6 +28,7 @@ PROGRAMS = (
     "evaluation.weights",
     "evaluation.variants",
     "train",
+    "corpus",
     "engine",
     "generation",
     "quantization",
