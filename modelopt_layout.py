@@ -16,7 +16,9 @@ quantized one has its scales beside it:
     (*) absent where inputs are scaled token by token
 
 A byte of W4A16_AWQ holds an even row in its low half and the next row in its high half. The head is weight-only and
-without pre_quant_scale, except in FP8. Everything that is wrong raises `ValueError` with a text that names it.
+without pre_quant_scale, except in FP8. A tied head is stored once, as the token embedding. In W8A16 either embedding
+may be int8 as well: (rows, width) with a scale a row. With both and the head, everything but biases and LayerNorms is.
+Everything that is wrong raises `ValueError` with a text that names it.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Config(Protocol):
     def quant_lm_head(self) -> bool: ...
     @property
     def quant_embedding(self) -> bool: ...
+    @property
+    def quant_position_embedding(self) -> bool: ...
     @property
     def per_channel(self) -> bool: ...
     @property
@@ -131,9 +135,15 @@ def config_fields(description: Description, tied: bool, tensors: Mapping[str, St
     mode = description.mode
     if mode is None:
         return {"kv_cache_dtype": description.kv_cache_dtype}
-    embedding, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
-    quant_embedding = tied and embedding is not None and embedding.dtype not in FLOATS
-    quant_lm_head = quant_embedding if head is None else head.dtype not in FLOATS
+
+    def is_narrow(name: str) -> bool:
+        return name in tensors and tensors[name].dtype not in FLOATS
+
+    has_tables = mode == "int8-weight-only"  # of their own, which need not be the head's weight
+    quant_embedding = (tied or has_tables) and is_narrow("wte.weight")
+    quant_lm_head = is_narrow("lm_head.weight") if "lm_head.weight" in tensors else tied and quant_embedding
+    if tied and quant_embedding and not quant_lm_head:
+        raise ValueError("expected a head that shares the embedding's weight to be quantized as that is")
     is_smoothquant = mode == "int8-smoothquant"
     first_scale = tensors.get("h.0.attn.c_attn.weight_scale")
     return {
@@ -141,6 +151,7 @@ def config_fields(description: Description, tied: bool, tensors: Mapping[str, St
         "kv_cache_dtype": description.kv_cache_dtype,
         "quant_lm_head": quant_lm_head,
         "quant_embedding": quant_embedding,
+        "quant_position_embedding": has_tables and is_narrow("wpe.weight"),
         "per_channel": not (is_smoothquant and first_scale is not None and first_scale.shape in ((), (1,))),
         "per_token": is_smoothquant and not any(name.endswith(".input_scale") for name in tensors),
     }
@@ -159,7 +170,7 @@ def stored_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dic
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
         if is_quantized(config, name):
-            for suffix, spec in _layer(config, shape, is_head=layer in ("lm_head", "wte")).items():
+            for suffix, spec in _layer(config, shape, is_head=not layer.startswith("h.")).items():
                 if layer != "wte" or suffix != "input_scale":  # an embedding has no input to scale
                     specs[f"{layer}.{suffix}"] = spec
         else:
@@ -177,7 +188,12 @@ def is_quantized(config: Config, name: str) -> bool:
         return False
     if name.startswith("h."):
         return ".attn." in name or ".mlp." in name
-    return (name == "lm_head.weight" and config.quant_lm_head) or (name == "wte.weight" and config.quant_embedding)
+    others = {
+        "wte.weight": config.quant_embedding,
+        "wpe.weight": config.quant_position_embedding,
+        "lm_head.weight": config.quant_lm_head,
+    }
+    return others.get(name, False)
 
 
 def cache_scale(layer: int, which: str) -> str:

@@ -78,6 +78,8 @@ class QuantizationConfig:
             keys and one for the values of each layer.
         quant_lm_head: Also quantize the weight of the language-model head and, where it is tied, the embedding.
             Weight-only, without AWQ and SmoothQuant, whose scaling of columns an embedding would have to undo.
+        quant_embeddings: In int8-weight-only, also quantize the token and the position embedding, one scale a row, and
+            the head. Only biases and LayerNorms are left in float32: *full int8*.
         per_channel: In int8-smoothquant, one weight scale an output feature.
         per_token: In int8-smoothquant, one input scale a token, computed as it comes.
         calib_data: A UTF-8 text file, or the name of a data set at the HuggingFace hub. None: the embedded
@@ -92,6 +94,7 @@ class QuantizationConfig:
     mode: str | None = None
     kv_cache_dtype: str = "float16"
     quant_lm_head: bool = False
+    quant_embeddings: bool = False
     per_channel: bool = False
     per_token: bool = False
     calib_data: str | None = None
@@ -108,6 +111,10 @@ class QuantizationConfig:
             raise QuantizationError("expected a quantization mode or a KV cache dtype other than float16 but got none")
         if self.quant_lm_head and self.mode is None:
             raise QuantizationError("expected a quantization mode with --quant-lm-head but got none")
+        if self.quant_embeddings and self.mode != "int8-weight-only":
+            raise QuantizationError(f"expected --quant-embeddings with int8-weight-only only but got it with {self.mode}")
+        if self.quant_embeddings and not self.quant_lm_head:
+            raise QuantizationError("expected quant_embeddings with quant_lm_head only")
         for name in ("per_channel", "per_token"):
             if getattr(self, name) and self.mode != "int8-smoothquant":
                 option = f"--{name.replace('_', '-')}"
@@ -177,7 +184,7 @@ def _download_text(name: str, documents: int) -> str:
             f"there is no file {name!r}, and the data set of that name needs: pip install datasets"
         ) from None
     try:
-        with _quiet():
+        with quiet():
             split = datasets.load_dataset(repository, configuration, split="train", streaming=True)
             rows = list(split.take(documents))
     except Exception as error:  # no network, no such data set, or whatever its loader raises
@@ -274,7 +281,7 @@ def load_torch_model(folder: Path) -> Any:
     import transformers
 
     # Attention in plain operations: what is observed then does not depend on which fused kernel a processor has.
-    with _quiet(), _no_progress_bars():
+    with quiet(), _no_progress_bars():
         model = transformers.GPT2LMHeadModel.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
@@ -303,13 +310,13 @@ def quantize_model(model: Any, config: QuantizationConfig, samples: np.ndarray |
         # Of the same values still, but each with its own quantizer.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             observe = _forward_loop(config, samples) if config.needs_calibration and samples is not None else None
             mtq.quantize(model, modelopt_config(config), observe)
             if config.per_token:
                 _make_inputs_dynamic(model)
             if config.quant_lm_head and config.mode is not None:
-                _quantize_head(model, config.mode)
+                _quantize_head(model, config.mode, config.quant_embeddings)
     except AssertionError as error:  # ModelOpt's way to refuse infinities and NaNs
         raise QuantizationError(f"ModelOpt cannot calibrate this checkpoint: {error}") from error
 
@@ -346,13 +353,15 @@ def _make_inputs_dynamic(model: Any) -> None:
             mtq.set_quantizer_by_cfg(model, [{"quantizer_name": name, "cfg": _INT8_TOKENS}])
 
 
-def _quantize_head(model: Any, mode: str) -> None:
-    """Quantizes the head's weight and, where it is tied, the embedding's in the same way."""
+def _quantize_head(model: Any, mode: str, quant_embeddings: bool) -> None:
+    """Quantizes the head's weight and, in the same way, those of the embeddings: of the tied one, or of both."""
     import modelopt.torch.quantization as mtq
 
     modules = {"lm_head": model.lm_head}
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings or quant_embeddings:
         modules["transformer.wte"] = model.transformer.wte
+    if quant_embeddings:
+        modules["transformer.wpe"] = model.transformer.wpe
     for name, module in modules.items():
         entry = {"quantizer_name": f"{name}.weight_quantizer", "cfg": _HEAD_WEIGHT[mode]}
         mtq.set_quantizer_by_cfg(model, [entry])
@@ -360,7 +369,7 @@ def _quantize_head(model: Any, mode: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps what ModelOpt and transformers print, warn and log off the terminal: our own progress bar says enough."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -388,7 +397,7 @@ def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
     from modelopt.torch.export import export_hf_checkpoint
 
     extra: dict[str, Any] = {}
-    with _quiet(), _no_progress_bars(), torch.no_grad():
+    with quiet(), _no_progress_bars(), torch.no_grad():
         if config.quant_lm_head and config.mode == "int4-weight-only" and model.config.vocab_size % 2:
             for module in (model.lm_head, model.transformer.wte):
                 if module.weight_quantizer.is_enabled:
@@ -512,7 +521,7 @@ def _check_source(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
 
 def _require_modelopt() -> None:
     try:
-        with _quiet():  # ModelOpt warns of every transformers that is newer than itself
+        with quiet():  # ModelOpt warns of every transformers that is newer than itself
             for name in ("torch", "transformers", "tqdm", "modelopt.torch.quantization"):
                 importlib.import_module(name)
     except ImportError as error:
@@ -609,6 +618,9 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--kv-cache-dtype", metavar="DTYPE", default="float16", help=f"{', '.join(KV_CACHE_DTYPES)} (default float16)"
     )
     parser.add_argument("--quant-lm-head", action="store_true", help="quantize the head and the tied embedding, too")
+    parser.add_argument(
+        "--quant-embeddings", action="store_true", help="int8-weight-only: quantize both embeddings and the head, too"
+    )
     parser.add_argument("--per-channel", action="store_true", help="int8-smoothquant: a scale an output feature")
     parser.add_argument("--per-token", action="store_true", help="int8-smoothquant: a scale an input token")
     parser.add_argument(
@@ -638,7 +650,8 @@ def config_from(options: argparse.Namespace) -> QuantizationConfig:
     return QuantizationConfig(
         mode=options.quant_mode,
         kv_cache_dtype=options.kv_cache_dtype,
-        quant_lm_head=options.quant_lm_head,
+        quant_lm_head=options.quant_lm_head or options.quant_embeddings,
+        quant_embeddings=options.quant_embeddings,
         per_channel=options.per_channel,
         per_token=options.per_token,
         calib_data=options.calib_data,

@@ -229,7 +229,7 @@ class CheckpointConfig:
     resolved. `eos_token_id` is None where config.json has none, or one that the vocabulary lacks (the default of 50256
     in small models), which could never be generated.
 
-    The last six say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
+    The last seven say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
     """
 
     vocab_size: int
@@ -245,6 +245,7 @@ class CheckpointConfig:
     quant_mode: str | None = None
     quant_lm_head: bool = False
     quant_embedding: bool = False
+    quant_position_embedding: bool = False
     per_channel: bool = True
     per_token: bool = False
     kv_cache_dtype: str | None = None
@@ -642,7 +643,7 @@ class Checkpoint:
 
         Yields:
             (name, array): C-contiguous; linear weights are (out, in); "lm_head.weight" (vocab, n_embd) only if untied
-            or quantized, and if `config.quant_embedding`, instead of "wte.weight".
+            or quantized, and if it is tied and `config.quant_embedding`, instead of "wte.weight".
 
             Of a quantized layer, the values that its integers stand for, which quantizing by the scales that follow
             gives back exactly, and "weight_scale", "input_scale", "pre_quant_scale" as the mode has them, where one
@@ -677,8 +678,8 @@ class Checkpoint:
     def _quantized_layer(
         self, layer: str, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """The parameters of one linear layer of `shape` (out, in), without its bias."""
-        name = "lm_head" if layer == "wte" else layer
+        """The parameters of one linear layer of `shape` (out, in), without its bias, or of an embedding."""
+        name = "lm_head" if layer == "wte" and self.config.tie_word_embeddings else layer
         numbers = modelopt_layout.unpacked(self._read(f"{layer}.weight"), shape[0])
         scales = self._read_scale(f"{layer}.weight_scale", dtype)
         # Numbers times the rounded scales: the ratio of the two is then closest to an integer again.

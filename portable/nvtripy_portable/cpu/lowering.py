@@ -288,20 +288,15 @@ class _Lowering:
         self.forms.append(form)
 
     def _embedding(self, operation: Operation) -> None:
-        idx, position, table, table_scale, position_table = operation.operands
+        idx, position, table, table_scale, position_table, position_scale = operation.operands
         attributes = operation.attributes
         form: dict[str, Any] = {"kind": "embedding", "tokens": self._integer(idx, 2)}
         assert idx is not None
         if position is not None:
             form["position"] = self._integer(position, 1)
-        form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], attributes["width"])
-        positions = self._constant(position_table)
-        if positions is None:
-            raise _CannotRun
-        dtype = next((name for name in _FLOATS if DTYPES[name] == positions.dtype), None)
-        if dtype is None:
-            raise _CannotRun
-        form["positions"] = self._matrix(position_table, None, dtype, attributes["width"])
+        width = attributes["width"]
+        form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], width)
+        form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
         self.leading[operation.results[0]] = (self.inputs[idx], 2)
         form["y"] = self._add(operation.results[0], attributes["width"])
         self.location = operation.location
