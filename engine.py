@@ -27,7 +27,7 @@ class EngineError(Exception):
 
 
 @contextlib.contextmanager
-def _stderr_kept() -> Iterator[None]:
+def stderr_kept() -> Iterator[None]:
     """nvtripy leaves a block-buffered copy of standard error in ``sys.stderr`` whenever it compiles: undone here."""
     stderr = sys.stderr
     try:
@@ -45,7 +45,7 @@ class Engine:
         batch: How many sequences it was compiled for.
     """
 
-    @_stderr_kept()
+    @stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
         self._executable = executable
@@ -118,7 +118,7 @@ def config_of(checkpoint: Checkpoint, dtype: str) -> GPTConfig:
     return GPTConfig(**{name: value for name, value in asdict(checkpoint.config).items() if name in names}, dtype=dtype)
 
 
-@_stderr_kept()
+@stderr_kept()
 def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     """The model with the checkpoint's weights.
 
@@ -140,7 +140,7 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     return gpt
 
 
-@_stderr_kept()
+@stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
     return tp.compile(gpt, args=_inputs(gpt.config, batch))

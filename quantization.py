@@ -30,14 +30,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+import command_line
+from command_line import EMBEDDED_CHECKPOINT
 from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
 
 ROOT = Path(__file__).resolve().parent
-EMBEDDED_CHECKPOINT = ROOT / "checkpoints" / "shakespeare"
 CALIBRATION_TEXT = EMBEDDED_CHECKPOINT / "calibration.txt"
 REQUIREMENTS = ROOT / "requirements-quant.txt"
 
@@ -207,14 +208,17 @@ def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> n
         QuantizationError: there is no text, or it is too short for one sample.
         CheckpointError: the checkpoint's tokenizer cannot be used.
     """
-    from tokenizer import load_tokenizer
+    from tokenizer import UnknownCharacterError, load_tokenizer
 
     context = checkpoint.config.n_positions
     length = min(CALIB_LENGTH, context) if config.calib_length is None else config.calib_length
     if length > context:
         raise QuantizationError(f"expected --calib-length to be at most the context of {context} but got {length}")
     text, source = calibration_text(config)
-    ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    try:
+        ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    except UnknownCharacterError as error:
+        raise QuantizationError(f"cannot calibrate on {source}: {error}; name a text with --calib-data") from None
     if len(ids) < length:
         raise QuantizationError(
             f"expected at least {length} tokens to calibrate on (one sample) but {source} has {len(ids)}"
@@ -609,12 +613,6 @@ def _read_bytes(path: Path) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would print before it."""
-        raise QuantizationError(message)
-
-
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """The options that say how to quantize, for every program that takes them."""
     parser.add_argument("--quant-mode", metavar="MODE", help=f"quantize the weights: {', '.join(MODES)}")
@@ -664,30 +662,24 @@ def config_from(options: argparse.Namespace) -> QuantizationConfig:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    parser = _Parser(prog="quantization.py", description="Quantize a GPT-2 with NVIDIA ModelOpt.", allow_abbrev=False)
-    parser.add_argument(
-        "--model-type",
-        metavar="NAME",
-        default=EMBEDDED_CHECKPOINT,
-        help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
-    )
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Carries out the command."""
+    parser = command_line.Parser("quantization.py", "Quantize a GPT-2 with NVIDIA ModelOpt.")
+    command_line.add_model_arguments(parser)
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
     add_arguments(parser)
-    try:
-        options = parser.parse_args(arguments)
-        config = config_from(options)
-        quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
-    except (QuantizationError, CheckpointError) as error:
-        print(f"quantization.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_args(arguments)
+    config = config_from(options)
+    quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
     sizes = _megabytes(options.output.glob("*.safetensors"))
-    print(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB", file=sys.stderr)
-    return 0
+    command_line.report(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
+    return command_line.main(
+        "quantization.py", lambda: run(arguments), QuantizationError, CheckpointError, prints=False
+    )
 
 
 def _kinds(config: QuantizationConfig) -> list[str]:

@@ -173,7 +173,7 @@ class Dataset:
     val: np.ndarray  # (tokens,)
     tokenizer: Tokenizer
     vocab_size: int
-    eos_token_id: int
+    eos_token_id: int | None
     val_chars: int
 
 
@@ -183,7 +183,7 @@ def load_dataset(folder: Path, block_size: int) -> Dataset:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         parts = {name: np.fromfile(folder / f"{name}.bin", dtype="<u2") for name in ("train", "val")}
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        sizes = {key: int(meta[key]) for key in ("vocab_size", "eos_token_id", "val_chars")}
+        val_chars = int(meta["val_chars"])
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; run prepare.py first") from None
     except Exception as error:  # `tokenizers` raises nothing narrower
@@ -198,9 +198,9 @@ def load_dataset(folder: Path, block_size: int) -> Dataset:
         train=parts["train"],
         val=parts["val"],
         tokenizer=tokenizer,
-        vocab_size=sizes["vocab_size"],
-        eos_token_id=sizes["eos_token_id"],
-        val_chars=sizes["val_chars"],
+        vocab_size=tokenizer.get_vocab_size(),
+        eos_token_id=tokenizer.token_to_id("<|endoftext|>"),
+        val_chars=val_chars,
     )
 
 
@@ -290,7 +290,7 @@ def batches(config: TrainConfig, data: Dataset) -> Iterator[Batch]:
             source = recut if rng.random() >= step / config.max_iters else data.train
             start = rng.integers(len(source) - size)
             row[:] = source[start : start + size + 1]
-            if rng.random() < 1 / 8:
+            if data.eos_token_id is not None and rng.random() < 1 / 8:
                 row[0] = data.eos_token_id
         first = rng.integers(config.block_size - size + 1, size=(len(windows), 1))
         ids = torch.from_numpy(windows)
@@ -373,16 +373,14 @@ def total_nats(model: nn.Module, ids: np.ndarray, bos_token_id: int, stride: int
     return total
 
 
-def save_checkpoint(model: GPT2LMHeadModel, tokenizer: Tokenizer, eos_token_id: int, folder: Path) -> None:
+def save_checkpoint(model: GPT2LMHeadModel, tokenizer: Tokenizer, eos_token_id: int | None, folder: Path) -> None:
     """Write the HuggingFace folder: each file in full beside its place, then renamed, the weights last."""
     partial = folder / ".partial"
-    eos = tokenizer.id_to_token(eos_token_id)
+    eos = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.n_positions,
-        "bos_token": eos,
-        "eos_token": eos,
-        "unk_token": eos,
+        **({"bos_token": eos, "eos_token": eos, "unk_token": eos} if eos else {}),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
@@ -420,7 +418,7 @@ def train(config: TrainConfig) -> float:
     forward = torch.compile(model) if config.compile else model
 
     def evaluate(stride: int) -> float:
-        return total_nats(averaged.module, data.val, data.eos_token_id, stride) / data.val_chars
+        return total_nats(averaged.module, data.val, data.eos_token_id or 0, stride) / data.val_chars
 
     parameters = sum(p.numel() for p in model.parameters())
     tqdm.write(f"{parameters:,} parameters, {len(data.train):,} training tokens, {device}, {dtype}", file=sys.stderr)

@@ -31,6 +31,7 @@ from tiny_checkpoints import CONTEXT, EOS, edit_config, random_checkpoint, recit
 import example
 import generation
 import tokenizer
+from command_line import EMBEDDED_CHECKPOINT
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example.py"
@@ -39,8 +40,8 @@ EXAMPLE = ROOT / "example.py"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 needs_embedded = pytest.mark.skipif(
-    not (example.EMBEDDED_CHECKPOINT / "model.safetensors").is_file(),
-    reason=f"{example.EMBEDDED_CHECKPOINT} is not there",
+    not (EMBEDDED_CHECKPOINT / "model.safetensors").is_file(),
+    reason=f"{EMBEDDED_CHECKPOINT} is not there",
 )
 
 VERSE = "The cat sat on the mat."

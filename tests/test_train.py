@@ -1,9 +1,8 @@
-"""train.py, data/shakespeare_bpe/prepare.py and the checkpoint that they made."""
+"""train.py and the checkpoint that it made."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import random
@@ -17,25 +16,14 @@ torch = pytest.importorskip("torch", reason="training needs requirements-train.t
 transformers = pytest.importorskip("transformers", reason="training needs requirements-train.txt")
 tokenizers = pytest.importorskip("tokenizers", reason="training needs requirements-train.txt")
 
-import train  # noqa: E402  it imports the three above
+import corpus  # noqa: E402  they import the three above
+import train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "shakespeare"
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 VOCAB = 320
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-
-
-def load_prepare() -> ModuleType:
-    """Import prepare.py, which is a script in a folder that is no package."""
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "shakespeare_bpe" / "prepare.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare = load_prepare()
 
 
 def make_text(sentences: int) -> str:
@@ -54,9 +42,7 @@ def make_text(sentences: int) -> str:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of a small text."""
     folder = tmp_path_factory.mktemp("dataset")
-    (folder / "input.txt").write_text(make_text(900), encoding="utf-8")
-    arguments = ["--input", str(folder / "input.txt"), "--output-dir", str(folder), f"--vocab-size={VOCAB}"]
-    assert prepare.main(arguments) == 0
+    corpus.prepare(make_text(900), folder, "bpe", VOCAB)
     return folder
 
 
@@ -98,81 +84,6 @@ def run(module: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str])
     assert captured.out == ""
     assert captured.err.count("\n") == 1, captured.err
     return captured.err
-
-
-# ---- prepare.py ------------------------------------------------------------------------------------------------------
-
-
-def test_prepare_splits_by_characters_and_loses_nothing(dataset: Path) -> None:
-    text = (dataset / "input.txt").read_text(encoding="utf-8")
-    meta = json.loads((dataset / "meta.json").read_text())
-    tokenizer = tokenizers.Tokenizer.from_file(str(dataset / "tokenizer.json"))
-    cut = int(len(text) * 0.9)
-    for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        ids = np.fromfile(dataset / f"{name}.bin", dtype="<u2")
-        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == part
-        assert meta[f"{name}_chars"] == len(part)
-        assert meta[f"{name}_tokens"] == len(ids)
-    assert tokenizer.get_vocab_size() == meta["vocab_size"] == VOCAB
-
-
-def test_tokenizer_learns_nothing_from_the_validation_text(tmp_path: Path) -> None:
-    head = make_text(300)[:9000]
-    learned = []
-    for word in ("zyzzyva", "quokkas"):
-        prepare.prepare(head + f"{word:<10}" * 100, tmp_path / word, VOCAB)
-        learned.append((tmp_path / word / "tokenizer.json").read_bytes())
-    assert learned[0] == learned[1]
-    assert b"king" in learned[0]
-
-
-def test_any_text_survives_the_tokenizer(dataset: Path) -> None:
-    tokenizer = tokenizers.Tokenizer.from_file(str(dataset / "tokenizer.json"))
-    for text in ("", " ", "\r\n\t\0", "naïve 日本語 🎭 \u200b", "".join(map(chr, range(1, 0x250)))):
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
-
-
-@pytest.mark.parametrize(
-    ("content", "flags", "complaint"),
-    [
-        (b"Too short.", [], "the text is too short"),
-        (b"", [], "the text is too short"),
-        (b"abc \xff\xfe", [], "not UTF-8"),
-        (b"abc", ["--vocab-size=100"], "--vocab-size must be 257 to 65536, not 100"),
-    ],
-)
-def test_prepare_tells_bad_input_in_one_line(
-    content: bytes, flags: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "input.txt").write_bytes(content)
-    out = tmp_path / "out"
-    error = run(prepare, ["--input", str(tmp_path / "input.txt"), "--output-dir", str(out), *flags], capsys)
-    assert error.startswith("prepare.py: error: ")
-    assert complaint in error
-    assert not out.exists()
-
-
-def test_prepare_names_a_missing_file_and_a_dead_network(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "no-such.txt: No such file" in run(prepare, ["--input", str(tmp_path / "no-such.txt")], capsys)
-    monkeypatch.setattr(prepare, "URL", "http://127.0.0.1:9/input.txt")
-    assert "--input FILE" in run(prepare, ["--output-dir", str(tmp_path / "out")], capsys)
-
-
-def test_interrupted_prepare_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "train.bin"
-    target.write_bytes(b"old")
-
-    def die(source: Path, destination: Path) -> None:
-        assert Path(source).read_bytes() == b"new"
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare.os, "replace", die)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.write_atomically(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -234,7 +145,7 @@ def test_a_damaged_dataset_is_told_in_one_line(
     for file in dataset.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "meta.json").write_text('{"vocab_size": 320}')
-    assert "is damaged (KeyError: 'eos_token_id')" in run(train, [f"--dataset={tmp_path}", "--device=cpu"], capsys)
+    assert "is damaged (KeyError: 'val_chars')" in run(train, [f"--dataset={tmp_path}", "--device=cpu"], capsys)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
