@@ -10,9 +10,9 @@ behind it (the straight-through estimator: Bengio et al. 2013, arXiv:1308.3432; 
 arXiv:1712.05877), which is what the optimizer moves.
 
 Scales follow the weights. ModelOpt's own recipe calibrates a trained model once and then keeps each scale; a weight
-that grows beyond it is cut off. Here models are trained from nothing, and weights grow a hundredfold: the quantizers are
-ModelOpt's dynamic ones, which take the largest magnitude of each row anew in every forward pass. Nothing is ever cut
-off, there is no state beside the weights, and a tied head and embedding stay tied, with the same scales.
+that grows beyond it is cut off. Here models are trained from nothing, and weights grow many times over: the quantizers
+are ModelOpt's dynamic ones, which take the largest magnitude of each row anew in every forward pass. Nothing is ever
+cut off, there is no state beside the weights, and a tied head and embedding stay tied, with the same scales.
 
 Of the two well-kept libraries, ModelOpt it is because its exporter writes the layout that this project reads, it knows
 transformers' Conv1D, and quantization.py needs it anyway. torchao would be one more dependency, and has neither.

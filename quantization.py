@@ -112,7 +112,9 @@ class QuantizationConfig:
         if self.quant_lm_head and self.mode is None:
             raise QuantizationError("expected a quantization mode with --quant-lm-head but got none")
         if self.quant_embeddings and self.mode != "int8-weight-only":
-            raise QuantizationError(f"expected --quant-embeddings with int8-weight-only only but got it with {self.mode}")
+            raise QuantizationError(
+                f"expected --quant-embeddings with int8-weight-only only but got it with {self.mode}"
+            )
         if self.quant_embeddings and not self.quant_lm_head:
             raise QuantizationError("expected quant_embeddings with quant_lm_head only")
         for name in ("per_channel", "per_token"):
