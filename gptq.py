@@ -324,7 +324,8 @@ def quantize_layers(
                 layer = quantize(weight, hessian, grid, act_order=act_order, damping=damping, name=name)
                 module.weight.copy_(layer.weight.T)
                 layers.append(layer)
-                progress.set_postfix(layer=name, error=f"{layer.error:.1e}", refresh=False)
+                errors = {} if hessian is None else {"error": f"{layer.error:.1e}"}
+                progress.set_postfix(layer=name, **errors, refresh=False)
                 progress.update()
             for call in calls or ():
                 call.hidden = call.run(block)

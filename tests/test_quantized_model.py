@@ -19,7 +19,7 @@ from test_model import reference_logits, relative_error, save_random, stateless_
 from transformers import GPT2LMHeadModel
 
 from engine import Engine, compile_model
-from model import BLOCK_SIZE, GPT, QUANT_MODES, GPTConfig, QuantMode
+from model import GPT, QUANT_MODES, GPTConfig, QuantMode
 from weight_loader import open_checkpoint
 
 ARCHITECTURE = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 160, "n_positions": 24}
@@ -72,7 +72,7 @@ class Quantized:
             weight = weight / pre_scale
             self.state[f"{name}.pre_quant_scale"] = pre_scale
         if mode.scales == "block":
-            blocks = weight.reshape(len(weight), -1, BLOCK_SIZE)
+            blocks = weight.reshape(len(weight), -1, self.config.block_size)
             scale = (np.abs(blocks).max(axis=2) / TOPS[dtype]).astype(np.float32)
             rounded = (round_to(blocks / scale[:, :, None], dtype) * scale[:, :, None]).reshape(weight.shape)
             weight, stored_scale = weight.T, np.ascontiguousarray(scale.T)
