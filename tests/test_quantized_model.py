@@ -138,6 +138,9 @@ class Quantized:
         ("int8-weight-only", FULL_INT8 | {"tie_word_embeddings": False}),
         ("int4-weight-only", {}),
         ("int4-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
+        ("int4-weight-only", {"pre_quant_scale": False}),
+        ("int4-weight-only", {"block_size": 64, "pre_quant_scale": False, "quant_lm_head": True}),
+        ("int4-weight-only", {"block_size": 16, "quant_lm_head": True, "quant_embedding": True}),
         ("fp8", {}),
         ("fp8", {"quant_lm_head": True}),
         ("fp8", {"quant_lm_head": True, "quant_embedding": True}),
@@ -187,7 +190,9 @@ def test_a_quantized_cache_is_what_attention_sees(tmp_path: Path, kv_cache_dtype
             {"quant_mode": "int4-weight-only", "quant_embedding": True, "tie_word_embeddings": False},
             "in int8-weight-only only but got int4-weight-only",
         ),
-        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "192 and 768"),
+        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "widths that 128, .* 192 and 768"),
+        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3, "block_size": 80}, "widths that 80, "),
+        ({"block_size": 0}, "block_size to be at least 1 but got 0"),
     ],
 )
 def test_impossible_modes_are_refused(options: dict[str, object], message: str) -> None:
