@@ -18,6 +18,11 @@ from transformers import GPT2LMHeadModel
 from command_line import UsageError
 
 STATE_FILE = "ckpt.pt"
+#: What ckpt.pt holds; train.Run.state says what each is.
+KEYS = {
+    *("step", "best", "config", "architecture", "tokenizer", "history"),
+    *("model", "averaged", "optimizer", "scaler", "batches", "random"),
+}
 
 
 @contextlib.contextmanager
@@ -84,8 +89,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "best", "config", "architecture", "tokenizer", "model", "optimizer"} - state.keys()
-    except OSError as error:
+        missing = KEYS - state.keys()
+    except (FileNotFoundError, PermissionError) as error:
         raise UsageError(f"cannot resume from {path}: {error.strerror}") from None
     except Exception as error:  # pickle, zip and torch each raise their own
         raise UsageError(f"cannot resume: {path} is damaged ({type(error).__name__})") from None
