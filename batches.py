@@ -70,6 +70,8 @@ class SubwordRegularizer:
 
     def __init__(self, tokenizer: Tokenizer, text: str, p: float, seed: int) -> None:
         model = json.loads(tokenizer.to_str())["model"]
+        if "merges" not in model:
+            raise UsageError(f"bpe_dropout={p} needs a dataset with a BPE tokenizer, but this one's has no merges")
         vocab: dict[str, int] = model["vocab"]
         self._merges = {
             (vocab[left], vocab[right]): (rank, vocab[left + right])

@@ -75,9 +75,10 @@ def _run(corpus: Corpus, argv: list[str] | None) -> None:
     if corpus.tokenizer is None:
         parser.add_argument(
             "--tokenizer",
-            choices=TOKENIZERS,
+            metavar="char|bpe|NAME",
             default="char",
-            help="one token for each character of the text, or a byte-level BPE learned from it (default: %(default)s)",
+            help="one token for each character of the text; a byte-level BPE learned from it; or the tokenizer of a "
+            "checkpoint to be finetuned, a folder or a hub name such as gpt2 (default: %(default)s)",
         )
     if corpus.tokenizer != "char":
         parser.add_argument(
@@ -86,8 +87,8 @@ def _run(corpus: Corpus, argv: list[str] | None) -> None:
     options = parser.parse_args(argv)
     kind = corpus.tokenizer or options.tokenizer
     vocab_size = getattr(options, "vocab_size", None)
-    if kind == "char" and vocab_size is not None:
-        raise UsageError("--vocab-size is for --tokenizer bpe; an alphabet is as large as the text makes it")
+    if kind != "bpe" and vocab_size is not None:
+        raise UsageError("--vocab-size is for --tokenizer bpe; others are as large as they are")
     text = read_text(options.input) if options.input or corpus.fetch is None else corpus.fetch()
     meta = prepare(corpus.clean(text), options.output_dir, kind, vocab_size or DEFAULT_BPE_VOCAB, corpus.has_test)
     print(f"{options.output_dir}: a vocabulary of {meta['vocab_size']:,}")
@@ -195,6 +196,28 @@ def learn_bpe(text: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def existing_tokenizer(name: str) -> Tokenizer:
+    """Open the tokenizer of a checkpoint, a folder or a name at the Hugging Face Hub."""
+    try:
+        if Path(name).is_dir():
+            return Tokenizer.from_file(str(Path(name) / "tokenizer.json"))
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # `tokenizers` and the hub's client raise nothing narrower
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--tokenizer is char, bpe or a checkpoint, but {name} cannot be opened: {reason}") from None
+
+
+def check_alphabet(tokenizer: Tokenizer, text: str, name: str) -> None:
+    """Refuse a text with characters that the alphabet of a checkpoint lacks, by name."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = sorted(set(text.replace(END_OF_TEXT, "")) - vocabulary.keys())
+    if isinstance(tokenizer.model, models.WordLevel) and unknown:
+        raise UsageError(
+            f"the character {unknown[0]!r} (U+{ord(unknown[0]):04X}) is not among the {len(vocabulary)} of {name}"
+            + (f", nor are {len(unknown) - 1} others of the text" if unknown[1:] else "")
+        )
+
+
 def encode(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
     """Return the token ids, uint16, document by document; shows progress where there are many."""
 
@@ -224,10 +247,16 @@ def prepare(text: str, output_dir: Path, kind: str, vocab_size: int = 0, has_tes
     if kind == "bpe" and not SMALLEST_BPE_VOCAB <= vocab_size <= LARGEST_VOCAB:
         raise UsageError(f"--vocab-size must be {SMALLEST_BPE_VOCAB} to {LARGEST_VOCAB}, not {vocab_size}")
     parts = split_text(text, has_test)
-    tokenizer = learn_bpe(parts["train"], vocab_size) if kind == "bpe" else alphabet_tokenizer(text)
+    if kind == "bpe":
+        tokenizer = learn_bpe(parts["train"], vocab_size)
+    else:
+        tokenizer = alphabet_tokenizer(text) if kind == "char" else existing_tokenizer(kind)
+        check_alphabet(tokenizer, text, kind)
     meta = {"vocab_size": tokenizer.get_vocab_size()}
     if meta["vocab_size"] > LARGEST_VOCAB:
-        raise UsageError(f"the text has {meta['vocab_size']:,} different characters, more than ids of 16 bits can name")
+        raise UsageError(
+            f"the vocabulary has {meta['vocab_size']:,} tokens, but ids of 16 bits name only {LARGEST_VOCAB:,}"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,6 +19,11 @@ from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
 
 STATE_FILE = "ckpt.pt"
+#: What ckpt.pt holds; train.Run.state says what each is.
+KEYS = {
+    *("step", "best", "config", "architecture", "tokenizer", "history"),
+    *("model", "averaged", "optimizer", "scaler", "batches", "random"),
+}
 
 
 @contextlib.contextmanager
@@ -96,8 +101,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "best", "config", "architecture", "tokenizer", "model", "optimizer"} - state.keys()
-    except OSError as error:
+        missing = KEYS - state.keys()
+    except (FileNotFoundError, PermissionError) as error:
         raise UsageError(f"cannot resume from {path}: {error.strerror}") from None
     except Exception as error:  # pickle, zip and torch each raise their own
         raise UsageError(f"cannot resume: {path} is damaged ({type(error).__name__})") from None

@@ -214,8 +214,8 @@ def test_tinystories_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"abc \xff\xfe", [], "input.txt is not UTF-8 text: byte 4 cannot be decoded"),
         (b"abc", ["--tokenizer=bpe", "--vocab-size=100"], "--vocab-size must be 257 to 65536, not 100"),
         (b"abc", ["--vocab-size=300"], "--vocab-size is for --tokenizer bpe"),
-        (b"abc", ["--tokenizer=word"], "invalid choice: 'word'"),
-        ("".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)])).encode(), [], "67,584 different characters"),
+        (b"abcdefghijklmnop", ["--tokenizer=data"], "--tokenizer is char, bpe or a checkpoint, but data cannot"),
+        ("".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)])).encode(), [], "the vocabulary has 67,584 tokens"),
     ],
 )
 def test_bad_input_is_told_in_one_line(
@@ -226,6 +226,18 @@ def test_bad_input_is_told_in_one_line(
     error = run("custom", ["--input", str(tmp_path / "input.txt"), "--output-dir", str(out), *flags], capsys)
     assert complaint in error
     assert not out.exists()
+
+
+def test_an_alphabet_of_a_checkpoint_names_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus.prepare("abc" * 10, tmp_path / "abc", "char")
+    argv = ["--input", str(tmp_path / "text"), "--output-dir", str(tmp_path), "--tokenizer", str(tmp_path / "abc")]
+    (tmp_path / "text").write_text("abcé" * 10)
+    assert f"the character 'é' (U+00E9) is not among the 3 of {tmp_path / 'abc'}\n" in run("custom", argv, capsys)
+    (tmp_path / "text").write_text("abcéxyz" * 10)
+    error = run("custom", argv, capsys)
+    assert "'x' (U+0078) is not among" in error and "nor are 3 others" in error
+    (tmp_path / "text").write_text("cab" * 10)
+    assert corpus.main(load_prepare("custom").CORPUS, argv) == 0
 
 
 def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
