@@ -3,8 +3,9 @@
     python evaluate.py --variants float32 float16 int8-weight-only int4-weight-only+lm-head+kv-int8 --plot variants.png
 
 A variant is words joined by "+": a data type, a quantization mode (in float16, unless a data type is joined), and what
-else is quantized; or the folder of a checkpoint. The first one is what the others are compared with. The table goes to
-standard output, everything else to standard error.
+else is quantized; or the folder of any checkpoint, to which words may be joined, too. The first one is what the others
+are compared with. Checkpoints with other tokenizers compare by the bits that they need for a byte of the text. The
+table goes to standard output, everything else to standard error.
 
 The way of the data: text → token ids; for each variant a checkpoint (quantized and kept by quantization.py) → the
 compiled stateless model → negative log-likelihoods → perplexity, and the compiled cached model, saved → a fresh process
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -29,17 +30,16 @@ import picture
 import quantization
 from command_line import UsageError
 from evaluation import chart
-from evaluation.perplexity import negative_log_likelihoods, perplexity, stateless_model, windows
+from evaluation.perplexity import bits_per_byte, nats_of, perplexity
 from evaluation.speed import measure_speed, run_apart
 from evaluation.table import FORMATS, Result, Settings
+from evaluation.text import Tokens, encode, read_text
 from evaluation.variants import DEFAULT_DTYPES, WORDS, Variant, open_default, open_variants, parse_variant
 from evaluation.weights import compiled_weight_bytes, stored_weight_bytes
-from quantization import QuantizationConfig, QuantizationError
+from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
-ROOT = Path(__file__).resolve().parent
-HELD_OUT_TEXT = command_line.EMBEDDED_CHECKPOINT / "held-out.txt"
-REQUIREMENTS = ROOT / "requirements-evaluate.txt"
+REQUIREMENTS = "requirements-evaluate.txt"
 PROMPT_TOKENS = 32  # of the speed run, or half of the context where that is shorter
 
 
@@ -55,8 +55,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--variants",
         metavar="V",
         nargs="+",
-        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder (default: {' '.join(DEFAULT_DTYPES)} "
-        "and, as far as they can be had, the quantization modes)",
+        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder, which they may follow (default: "
+        f"{' '.join(DEFAULT_DTYPES)} and, as far as they can be had, the quantization modes)",
     )
     parser.add_argument(
         "--data",
@@ -85,7 +85,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="of the speed measurement; the median counts (default %(default)s)",
     )
     parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="of the table (default %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="perplexity against size as a .png or .svg picture")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="perplexity as a .png or .svg picture")
+    parser.add_argument(
+        "--plot-against", choices=chart.AXES, default="bits", help="of a weight, or the weights' size (default bits)"
+    )
     calibration = parser.add_argument_group("calibration of quantized variants, as in quantization.py")
     calibration.add_argument("--calib-data", metavar="FILE|DATASET")
     calibration.add_argument("--calib-size", metavar="N", type=int, default=quantization.CALIB_SIZE)
@@ -99,53 +102,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def read_text(data: str | None, max_tokens: int) -> tuple[str, str]:
-    """The text to evaluate on, and its name.
-
-    Raises:
-        UsageError: there is none, or it is not text.
-    """
-    # Of a data set as many documents as are sure to do; what is too much is cut off as tokens.
-    documents = max(32, max_tokens // 64) if max_tokens else 1 << 16
-    source = QuantizationConfig(
-        mode=quantization.MODES[0], calib_data=str(HELD_OUT_TEXT) if data is None else data, calib_size=documents
-    )
-    try:
-        text, name = quantization.calibration_text(source)
-    except QuantizationError as error:
-        message = str(error).replace("the calibration text", "the text").replace(" to calibrate on", "")
-        raise UsageError(message) from None
-    return text, HELD_OUT_TEXT.relative_to(ROOT).as_posix() if data is None else name
-
-
-def encode(text: str, name: str, max_tokens: int, variants: Sequence[tuple[Variant, Checkpoint]]) -> np.ndarray:
-    """Token ids of the text, (tokens,) int32.
-
-    Raises:
-        UsageError: there are not two of them, or two variants' tokenizers disagree on them.
-        CheckpointError: a tokenizer cannot be used.
-    """
-    from tokenizer import load_tokenizer
-
-    found: dict[Path, np.ndarray] = {}
-    for variant, checkpoint in variants:
-        if checkpoint.path in found:
-            continue
-        tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
-        ids = np.array(tokenizer.encode(text)[: max_tokens or None], dtype=np.int32)
-        first = found.setdefault(checkpoint.path, ids) if not found else next(iter(found.values()))
-        if not np.array_equal(first, ids):
-            raise UsageError(
-                f"expected variants with the same tokenizer but {variant.name} and {variants[0][0].name} differ"
-            )
-        found[checkpoint.path] = ids
-    ids = next(iter(found.values()))
-    if len(ids) < 2:
-        raise UsageError(f"expected a text of at least 2 tokens but {name} has {len(ids)}")
-    return ids
-
-
-def settle(options: argparse.Namespace, text: str, ids: np.ndarray, checkpoints: Sequence[Checkpoint]) -> Settings:
+def settle(
+    options: argparse.Namespace, text: str, tokens: Mapping[Path, Tokens], checkpoints: Sequence[Checkpoint]
+) -> Settings:
     """The settings, what was left open in the options filled in.
 
     Raises:
@@ -158,11 +117,15 @@ def settle(options: argparse.Namespace, text: str, ids: np.ndarray, checkpoints:
     stride = options.stride or max(1, context // 2)
     if stride > context:
         raise UsageError(f"expected --stride to be at most the window of {context} tokens but got {stride}")
-    prompt = min(PROMPT_TOKENS, max(1, longest // 2), len(ids))
+    first, *others = tokens.values()
+    lengths = [len(each.ids) for each in (first, *others)]
+    prompt = min(PROMPT_TOKENS, max(1, longest // 2), *lengths)
     return Settings(
         text=text,
-        tokens=len(ids),
-        context=min(context, len(ids) - 1),
+        tokens=len(first.ids),
+        bytes=len(first.predicted),
+        is_one_tokenizer=all(np.array_equal(first.ids, other.ids) for other in others),
+        context=min(context, max(lengths) - 1),
         stride=stride,
         prompt_tokens=prompt,
         new_tokens=min(options.new_tokens, longest - prompt + 1),
@@ -173,8 +136,8 @@ def settle(options: argparse.Namespace, text: str, ids: np.ndarray, checkpoints:
     )
 
 
-def evaluate(variant: Variant, checkpoint: Checkpoint, ids: np.ndarray, settings: Settings) -> Result:
-    """Measures one variant; its ratio is left at 1.
+def evaluate(variant: Variant, checkpoint: Checkpoint, tokens: Tokens, settings: Settings) -> Result:
+    """Measures one variant; its ratio is left open.
 
     Raises:
         CheckpointError: its weights cannot be loaded.
@@ -194,20 +157,27 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, ids: np.ndarray, settings
             file = str(Path(folder) / "engine")
             engine_file.save(executable, file)
             del executable
-            prompt = ids[: settings.prompt_tokens].tolist()
+            prompt = tokens.ids[: settings.prompt_tokens].tolist()
             speed = run_apart(measure_speed, file, config, prompt, settings.new_tokens, settings.runs)
-        num_windows = sum(1 for _ in windows(len(ids) - 1, settings.context, settings.stride))
-        logits_of, batch = stateless_model(gpt, settings.context, num_windows)
+        nats = nats_of(gpt, tokens.ids, settings.context, settings.stride, variant.name)
     except tp.TripyException as error:
         raise UsageError(f"variant {variant.name} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
-    nats = negative_log_likelihoods(logits_of, batch, ids, settings.context, settings.stride, variant.name)
-    return Result(variant.name, variant.dtype, perplexity(nats), 1.0, speed, stored_weight_bytes(checkpoint), memory)
+    return Result(
+        variant=variant.name,
+        dtype=variant.dtype,
+        perplexity=perplexity(nats),
+        ratio=None,
+        bits_per_byte=bits_per_byte(nats, tokens.predicted),
+        speed=speed,
+        disk=stored_weight_bytes(checkpoint),
+        memory=memory,
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Carries out the command."""
     if options.plot is not None:
-        picture.check(options.plot, REQUIREMENTS.name)
+        picture.check(options.plot, REQUIREMENTS)
     text, name = read_text(options.data, options.max_tokens)
     source = open_checkpoint(options.model_type, options.revision)
     variants = (
@@ -215,17 +185,21 @@ def run(options: argparse.Namespace) -> None:
         if options.parsed_variants
         else open_default(source, options.calibration)
     )
-    ids = encode(text, name, options.max_tokens, variants)
-    settings = settle(options, name, ids, [checkpoint for _, checkpoint in variants])
+    tokens = encode(text, name, options.max_tokens, variants)
+    settings = settle(options, name, tokens, [checkpoint for _, checkpoint in variants])
+    compared = next(iter(tokens.values()))
     results: list[Result] = []
     for number, (variant, checkpoint) in enumerate(variants, 1):
         command_line.report(f"{variant.name} ({number} of {len(variants)})")
-        result = evaluate(variant, checkpoint, ids, settings)
-        first = results[0].perplexity if results else result.perplexity
-        results.append(replace(result, ratio=result.perplexity / first))
+        own = tokens[checkpoint.path]
+        result = evaluate(variant, checkpoint, own, settings)
+        if np.array_equal(own.ids, compared.ids):
+            first = results[0].perplexity if results else result.perplexity
+            result = replace(result, ratio=result.perplexity / first)
+        results.append(result)
     print(FORMATS[options.format](settings, results), flush=True)
     if options.plot is not None:
-        chart.draw(settings, results, options.plot)
+        chart.draw(settings, results, options.plot, options.plot_against)
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nvtripy as tp
 
@@ -48,6 +48,8 @@ class GPTConfig:
     per_channel: bool = True  # int8-smoothquant: a scale for each output feature, or one for the weight
     per_token: bool = False  # int8-smoothquant: activations scaled token by token as they come, or by calibration
     kv_cache_dtype: str | None = None  # int8 or fp8; None: as ``dtype``
+    block_size: int = 128  # int4-weight-only: input features that share a scale
+    pre_quant_scale: bool = True  # int4-weight-only: inputs are multiplied by AWQ's scales first
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -77,9 +79,11 @@ class GPTConfig:
         if has_table and self.quant_mode != "int8-weight-only":
             raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
         widths = (self.n_embd, self.inner_size)
-        if self.quant_mode == "int4-weight-only" and any(width % BLOCK_SIZE for width in widths):
+        if self.block_size < 1:
+            raise ValueError(f"expected block_size to be at least 1 but got {self.block_size}")
+        if self.quant_mode == "int4-weight-only" and any(width % self.block_size for width in widths):
             raise ValueError(
-                f"expected widths that {BLOCK_SIZE}, the block of int4-weight-only, divides, but got "
+                f"expected widths that {self.block_size}, the block of int4-weight-only, divides, but got "
                 f"{' and '.join(map(str, widths))}"
             )
 
@@ -103,7 +107,10 @@ class GPTConfig:
 
     @property
     def linear_mode(self) -> QuantMode | None:
-        return None if self.quant_mode is None else QUANT_MODES[self.quant_mode]
+        mode = None if self.quant_mode is None else QUANT_MODES[self.quant_mode]
+        if mode is not None and mode.scales == "block" and not self.pre_quant_scale:
+            return replace(mode, scales_input=False)
+        return mode
 
     @property
     def head_mode(self) -> QuantMode | None:
@@ -128,7 +135,6 @@ DTYPES: dict[str, tp.dtype] = {"float16": tp.float16, "bfloat16": tp.bfloat16, "
 
 
 CACHE_DTYPES: dict[str, tp.dtype] = {"int8": tp.int8, "fp8": tp.float8}
-BLOCK_SIZE = 128  # input features that share a scale in int4-weight-only
 
 
 @dataclass(frozen=True)
@@ -353,7 +359,7 @@ class Linear(tp.Module):
 
     Scales are constants, as nvtripy wants them, in the model's type:
 
-    - ``weight_scale``: (out_features,), (in_features / BLOCK_SIZE, out_features) or a scalar, by the mode.
+    - ``weight_scale``: (out_features,), (in_features / config.block_size, out_features) or a scalar, by the mode.
     - ``input_scale``: a scalar, where activations are quantized and not token by token.
     - ``pre_quant_scale``: (in_features,), where the mode multiplies the input by it first.
     """
@@ -373,7 +379,8 @@ class Linear(tp.Module):
             return
         if self.has_blocks:
             self.weight = tp.Linear(out_features, in_features, bias=False, dtype=self.dtype).weight
-            self.weight_scale = tp.Linear(out_features, in_features // BLOCK_SIZE, bias=False, dtype=self.dtype).weight
+            blocks = in_features // config.block_size
+            self.weight_scale = tp.Linear(out_features, blocks, bias=False, dtype=self.dtype).weight
         elif mode.scales == "channel" and (config.per_channel or not mode.quantizes_input):
             self.weight_scale = tp.Linear(1, out_features, dtype=self.dtype).bias
         else:

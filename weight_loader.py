@@ -230,7 +230,7 @@ class CheckpointConfig:
     resolved. `eos_token_id` is None where config.json has none, or one that the vocabulary lacks (the default of 50256
     in small models), which could never be generated.
 
-    The last seven say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
+    The last nine say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
     """
 
     vocab_size: int
@@ -250,6 +250,8 @@ class CheckpointConfig:
     per_channel: bool = True
     per_token: bool = False
     kv_cache_dtype: str | None = None
+    block_size: int = modelopt_layout.BLOCK
+    pre_quant_scale: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a plain dict."""
@@ -653,7 +655,7 @@ class Checkpoint:
             Of a quantized layer, the values that its integers stand for, which quantizing by the scales that follow
             gives back exactly, and "weight_scale", "input_scale", "pre_quant_scale" as the mode has them, where one
             element stands for the whole tensor with shape (). In int4-weight-only the weight is (in, out) and its
-            scales (in / 128, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of shape ().
+            scales (in / block_size, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of shape ().
 
         Raises:
             CheckpointError: a finite value overflows `dtype` (the tensor is named), a scale is not a positive number,

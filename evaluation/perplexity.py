@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,6 +99,24 @@ def perplexity(nats: np.ndarray) -> float:
     """exp of the mean; infinite where that overflows."""
     with np.errstate(over="ignore"):
         return float(np.exp(nats.mean()))
+
+
+def bits_per_byte(nats: np.ndarray, predicted: bytes) -> float:
+    """What the predicted tokens cost, for each byte of their text: models with other tokenizers compare by it, as by
+    perplexity they cannot (Gao et al. 2020, arXiv:2101.00027, section 3.1)."""
+    return float(nats.sum() / math.log(2) / len(predicted))
+
+
+def nats_of(gpt: GPT, ids: np.ndarray, context: int, stride: int, name: str = "") -> np.ndarray:
+    """:func:`negative_log_likelihoods` of a model with its weights, which is compiled for it.
+
+    Raises:
+        tp.TripyException: it cannot be compiled.
+    """
+    size = min(context, len(ids) - 1)
+    num_windows = sum(1 for _ in windows(len(ids) - 1, size, stride))
+    logits_of, batch = stateless_model(gpt, size, num_windows)
+    return negative_log_likelihoods(logits_of, batch, ids, size, stride, name)
 
 
 def stateless_model(gpt: GPT, tokens: int, num_windows: int) -> tuple[Callable[[np.ndarray], np.ndarray], int]:

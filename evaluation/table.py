@@ -18,7 +18,9 @@ class Settings:
     """What all variants have in common."""
 
     text: str
-    tokens: int
+    tokens: int  # of the first variant
+    bytes: int  # in UTF-8
+    is_one_tokenizer: bool  # whether all variants have the same one, as far as this text tells
     context: int  # of the windows
     stride: int
     prompt_tokens: int
@@ -30,7 +32,9 @@ class Settings:
 
     def __str__(self) -> str:
         return (
-            f"{self.text}, {self.tokens} tokens in windows of {self.context}, stride {self.stride}; speed: "
+            f"{self.text}, {self.bytes} bytes, {self.tokens} tokens"
+            f"{'' if self.is_one_tokenizer else ' of the first variant (tokenizers differ: compare bits/byte)'} "
+            f"in windows of {self.context}, stride {self.stride}; speed: "
             f"{self.new_tokens} tokens after a prompt of {self.prompt_tokens}, batch 1, median of {self.runs}; "
             f"{self.machine}, {self.cores} cores, nvtripy {self.nvtripy}"
         )
@@ -43,7 +47,8 @@ class Result:
     variant: str
     dtype: str
     perplexity: float
-    ratio: float  # of the perplexity to the first variant's
+    ratio: float | None  # of the perplexity to the first variant's; None where that has another tokenizer
+    bits_per_byte: float
     speed: Speed
     disk: WeightBytes
     memory: WeightBytes
@@ -54,23 +59,23 @@ class Result:
             "dtype": self.dtype,
             "perplexity": _finite(self.perplexity),
             "ratio": _finite(self.ratio),
+            "bits_per_byte": _finite(self.bits_per_byte),
             **asdict(self.speed),
             **_weights_as_json("disk", self.disk),
             **_weights_as_json("memory", self.memory),
         }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no other numbers
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None  # JSON has no other numbers
 
 
 def _weights_as_json(where: str, weights: WeightBytes) -> dict[str, Any]:
-    bits = None if weights.layers is None else 8 * weights.layers / weights.num_weights
     return {
         f"{where}_bytes": weights.total,
         f"{where}_layers_bytes": weights.layers,
         f"{where}_layers_to_float16": weights.to_float16,
-        f"{where}_bits_per_weight": bits,
+        f"{where}_bits_per_weight": weights.bits,
     }
 
 
@@ -78,18 +83,19 @@ COLUMNS = (
     "variant",
     "perplexity",
     "ratio",
+    "bits/byte",
     "tokens/s",
     "first token, ms",
     "disk, MB",
-    "disk/fp16",
+    "disk, bits",
     "memory, MB",
-    "memory/fp16",
+    "memory, bits",
     "peak, MB",
 )
 NOTE = (
-    "disk, memory: the weights in the checkpoint's files and in the compiled model. /fp16: those of the quantized or, "
-    "where none is, of the linear layers, with their scales, relative to two bytes a weight. peak: memory of a process "
-    "that opens the saved engine and generates."
+    "disk, memory: the weights in the checkpoint's files and in the compiled model; bits: of one weight of the "
+    "quantized or, where none is, of the linear layers, with its share of their scales. bits/byte: of the text. peak: "
+    "memory of a process that opens the saved engine and generates."
 )
 
 
@@ -100,13 +106,14 @@ def _cells(result: Result) -> list[str]:
     return [
         result.variant,
         shown(result.perplexity, ".3f" if result.perplexity < 1e5 else ".4g"),
-        shown(result.ratio, ".4f" if result.ratio < 1e5 else ".4g"),
+        shown(result.ratio, ".4f" if result.ratio is None or result.ratio < 1e5 else ".4g"),
+        shown(result.bits_per_byte, ".4f"),
         shown(result.speed.tokens_per_second, ".1f"),
         shown(result.speed.first_token_seconds, ".1f", 1e3),
         shown(result.disk.total, ".2f", 1e-6),
-        shown(result.disk.to_float16, ".3f"),
+        shown(result.disk.bits, ".2f"),
         shown(result.memory.total, ".2f", 1e-6),
-        shown(result.memory.to_float16, ".3f"),
+        shown(result.memory.bits, ".2f"),
         shown(result.speed.peak_memory_bytes, ".0f", 1e-6),
     ]
 

@@ -27,6 +27,11 @@ class WeightBytes:
         """The layers' bytes relative to the same weights at two bytes each."""
         return None if self.layers is None else self.layers / (2 * self.num_weights)
 
+    @property
+    def bits(self) -> float | None:
+        """Of one weight of the layers, its share of the scales included."""
+        return None if self.layers is None else 8 * self.layers / self.num_weights
+
 
 def _linear_layers(config: CheckpointConfig) -> dict[str, int]:
     """How many weights each linear layer of the blocks has, by HuggingFace's names, in the order of the data."""

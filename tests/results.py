@@ -8,7 +8,7 @@ from evaluation.speed import Speed
 from evaluation.table import Result, Settings
 from evaluation.weights import WeightBytes
 
-SETTINGS = Settings("a|b.txt", 700, 512, 256, 32, 128, 3, "AMD EPYC", 2, "0.1.7")
+SETTINGS = Settings("a|b.txt", 700, 1500, True, 512, 256, 32, 128, 3, "AMD EPYC", 2, "0.1.7")
 
 
 def result(variant: str, size: int = 1_000_000, perplexity: float = 20.0, **changes: Any) -> Result:
@@ -16,6 +16,7 @@ def result(variant: str, size: int = 1_000_000, perplexity: float = 20.0, **chan
     values: dict[str, Any] = {
         "dtype": "float16",
         "ratio": 1.0,
+        "bits_per_byte": 2.0,
         "speed": Speed(100.0, 0.01, 50_000_000),
         "disk": weights,
         "memory": weights,

@@ -26,6 +26,7 @@ PROGRAMS = (
     "evaluation.speed",
     "evaluation.perplexity",
     "evaluation.weights",
+    "evaluation.text",
     "evaluation.variants",
     "train",
     "training_log",

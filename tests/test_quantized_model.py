@@ -19,7 +19,7 @@ from test_model import reference_logits, relative_error, save_random, stateless_
 from transformers import GPT2LMHeadModel
 
 from engine import Engine, compile_model
-from model import BLOCK_SIZE, GPT, QUANT_MODES, GPTConfig, QuantMode
+from model import GPT, QUANT_MODES, GPTConfig, QuantMode
 from weight_loader import open_checkpoint
 
 ARCHITECTURE = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 160, "n_positions": 24}
@@ -72,7 +72,7 @@ class Quantized:
             weight = weight / pre_scale
             self.state[f"{name}.pre_quant_scale"] = pre_scale
         if mode.scales == "block":
-            blocks = weight.reshape(len(weight), -1, BLOCK_SIZE)
+            blocks = weight.reshape(len(weight), -1, self.config.block_size)
             scale = (np.abs(blocks).max(axis=2) / TOPS[dtype]).astype(np.float32)
             rounded = (round_to(blocks / scale[:, :, None], dtype) * scale[:, :, None]).reshape(weight.shape)
             weight, stored_scale = weight.T, np.ascontiguousarray(scale.T)
@@ -138,6 +138,9 @@ class Quantized:
         ("int8-weight-only", FULL_INT8 | {"tie_word_embeddings": False}),
         ("int4-weight-only", {}),
         ("int4-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
+        ("int4-weight-only", {"pre_quant_scale": False}),
+        ("int4-weight-only", {"block_size": 64, "pre_quant_scale": False, "quant_lm_head": True}),
+        ("int4-weight-only", {"block_size": 16, "quant_lm_head": True, "quant_embedding": True}),
         ("fp8", {}),
         ("fp8", {"quant_lm_head": True}),
         ("fp8", {"quant_lm_head": True, "quant_embedding": True}),
@@ -187,7 +190,9 @@ def test_a_quantized_cache_is_what_attention_sees(tmp_path: Path, kv_cache_dtype
             {"quant_mode": "int4-weight-only", "quant_embedding": True, "tie_word_embeddings": False},
             "in int8-weight-only only but got int4-weight-only",
         ),
-        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "192 and 768"),
+        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "widths that 128, .* 192 and 768"),
+        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3, "block_size": 80}, "widths that 80, "),
+        ({"block_size": 0}, "block_size to be at least 1 but got 0"),
     ],
 )
 def test_impossible_modes_are_refused(options: dict[str, object], message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from results import RESULTS, SETTINGS, result
 
 from evaluation import chart
+from evaluation.chart import Point
 
 
 @pytest.fixture
@@ -45,16 +48,39 @@ def test_names_in_a_picture_do_not_overlap(matplotlib: Any) -> None:
     figure = Figure(figsize=(9, 5.5))
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    points = [(4.0 + 0.01 * n, 20.0 + 0.01 * (n % 3), f"int8-smoothquant+kv-{n}") for n in range(12)]
-    points.append((15.0, 25.0, "float32"))
-    for x, y, _ in points:
-        axes.plot([x], [y], "o")
+    points = [Point(4.0 + 0.01 * n, 20.0 + 0.01 * (n % 3), f"int8-smoothquant+kv-{n}", "black") for n in range(12)]
+    points.append(Point(15.0, 25.0, "float32", "black"))
+    for point in points:
+        axes.plot([point.x], [point.y], "o")
     chart._label(axes, points)
     boxes = [Text.get_window_extent(label, canvas.get_renderer()) for label in axes.texts]
-    assert sorted(label.get_text() for label in axes.texts) == sorted(name for *_, name in points)
+    assert sorted(label.get_text() for label in axes.texts) == sorted(point.name for point in points)
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 
 
 def test_a_name_that_has_no_room_is_written_all_the_same(matplotlib: Any, tmp_path: Path) -> None:
     chart.draw(SETTINGS, [result("/a/very/long/path" * 20)], tmp_path / "picture.svg")
     assert "/a/very/long/path" in (tmp_path / "picture.svg").read_text()
+
+
+@pytest.mark.parametrize("against", chart.AXES)
+def test_what_the_axes_show(matplotlib: Any, tmp_path: Path, against: str) -> None:
+    picture = tmp_path / "picture.svg"
+    several = [result("float16", 800), result("int4-weight-only", 200, 21.0), result("int3-weight-only", 150, 99.0)]
+    chart.draw(SETTINGS, several, picture, against)
+    text = picture.read_text()
+    assert ("bits a weight" in text) == (against == "bits") and ("MB" in text) == (against == "size")
+    assert "perplexity" in text
+    chart.draw(replace(SETTINGS, is_one_tokenizer=False), several, picture, against)
+    assert "bits per byte of text" in picture.read_text()
+
+
+def test_a_family_has_a_color_and_a_line() -> None:
+    names = ["float16", "int8-weight-only", "int4-weight-only", "int8-weight-only+kv-int8", "fp8", "float32"]
+    plain, int8, int4, cache, fp8, other = chart._colors(names)
+    assert plain == other == chart.PLAIN
+    assert int8 == int4 and len({plain, int8, cache, fp8}) == 4
+    points = [Point(x, 20.0, name, "black") for x, name in [(8.0, "out+int8"), (3.0, "out+int3"), (4.0, "fp8")]]
+    assert [[p.x for p in family] for family in chart._families(points).values()] == [[3.0, 8.0], [4.0]]
+    results = doctest.testmod(chart)
+    assert results.attempted == 1 and results.failed == 0

@@ -88,7 +88,7 @@ def test_products(isa: str, weight_dtype: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", (1, 2, 4, 5, 17))
-@pytest.mark.parametrize("block", (32, 64, 96, 128, 160, 256))
+@pytest.mark.parametrize("block", (6, 32, 48, 64, 96, 128, 160, 256))
 @pytest.mark.parametrize("weight_dtype", ("i8", "i4", "f8e4m3fn", "f16"))
 def test_scales_of_blocks(isa: str, weight_dtype: str, block: int, tokens: int) -> None:
     random = np.random.default_rng([tokens, block, *weight_dtype.encode()])
@@ -106,7 +106,7 @@ def test_scales_of_blocks(isa: str, weight_dtype: str, block: int, tokens: int) 
 @pytest.mark.parametrize("weight_dtype", ("i8", "i4"))
 def test_inputs_of_16_bits_become_integers(isa: str, weight_dtype: str, tokens: int) -> None:
     random = np.random.default_rng([tokens, *weight_dtype.encode()])
-    scales = (*("none", "scalar", "rows"), *("32", "64", "96", "128", "160", "192", "256"))
+    scales = (*("none", "scalar", "rows"), *("2", "32", "48", "64", "96", "128", "160", "192", "256"))
     for rows, width in ((1, 1), (13, 130), (65, 256), (130, 771), (3, 1600)):
         for scale_of in scales[:3]:
             check_integers(random, weight_dtype, rows, width, scale_of, tokens)
