@@ -48,7 +48,7 @@ class Engine:
     @stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
-        self._executable = executable
+        self.executable = executable
         self._empty_cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
         self._cache = self._empty_cache
         self._inputs: dict[tuple[str, tuple[int, ...]], _Input] = {}
@@ -71,7 +71,7 @@ class Engine:
         idx, position, last = (
             self._input(name, array) for name, array in (("idx", idx), ("position", position), ("last", last))
         )
-        logits, self._cache = self._executable(idx, position, self._cache, last)
+        logits, self._cache = self.executable(idx, position, self._cache, last)
         return _to_host(logits)
 
     def _input(self, name: str, array: np.ndarray) -> tp.Tensor:

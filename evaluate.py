@@ -34,12 +34,13 @@ from evaluation.perplexity import bits_per_byte, nats_of, perplexity
 from evaluation.speed import measure_speed, run_apart
 from evaluation.table import FORMATS, Result, Settings
 from evaluation.text import Tokens, encode, read_text
-from evaluation.variants import DEFAULT_DTYPES, WORDS, Variant, open_default, open_variants, parse_variant
+from evaluation.variants import WORDS, Variant, open_available, open_variants, parse_variant
 from evaluation.weights import compiled_weight_bytes, stored_weight_bytes
 from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 REQUIREMENTS = "requirements-evaluate.txt"
+DEFAULT_VARIANTS = ("float32", "float16", *quantization.MODES)
 PROMPT_TOKENS = 32  # of the speed run, or half of the context where that is shorter
 
 
@@ -55,8 +56,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--variants",
         metavar="V",
         nargs="+",
-        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder, which they may follow (default: "
-        f"{' '.join(DEFAULT_DTYPES)} and, as far as they can be had, the quantization modes)",
+        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder, which they may follow "
+        f"(default: those of {' '.join(DEFAULT_VARIANTS)} that can be had)",
     )
     parser.add_argument(
         "--data",
@@ -183,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
     variants = (
         open_variants(options.parsed_variants, source)
         if options.parsed_variants
-        else open_default(source, options.calibration)
+        else open_available(DEFAULT_VARIANTS, source, options.calibration)
     )
     tokens = encode(text, name, options.max_tokens, variants)
     settings = settle(options, name, tokens, [checkpoint for _, checkpoint in variants])

@@ -23,6 +23,7 @@ import machine
 import quantization
 from command_line import UsageError
 from quantization import QuantizationConfig, QuantizationError
+from response import Response, encode_prompt
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
@@ -150,21 +151,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Token ids of each prompt.
-
-    Raises:
-        UsageError: a prompt leaves no room for a new token.
-    """
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for ids in encoded:
-        if len(ids) >= context:
-            raise UsageError(
-                f"expected a prompt of at most {context - 1} tokens (the context is {context}) but got {len(ids)}"
-            )
-    return encoded
-
-
 def quantized(checkpoint: Checkpoint, config: QuantizationConfig) -> Checkpoint:
     """The checkpoint quantized as asked: itself if it is so already, else one from the cache, or a new one.
 
@@ -194,48 +180,6 @@ class Job:
     prompt: str
     ids: list[int]
     sample: int
-
-
-class Response:
-    """The text of one response: token ids come in, text goes out, whole characters only and never past a stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_id: int | None) -> None:
-        from tokenizer import StreamDecoder
-
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops, self._eos_id = stops, eos_id
-        self._held = ""  # what may be the beginning of a stop text
-        self.is_done = False
-
-    def push(self, token: int) -> str:
-        """Takes a token and returns the text that is certain now."""
-        if token == self._eos_id:
-            return self.finish()
-        return self._advance(self._decoder.push(token), is_last=False)
-
-    def finish(self) -> str:
-        """Ends the response and returns the rest of its text."""
-        if self.is_done:
-            return ""
-        rest = self._advance(self._decoder.flush(), is_last=True)
-        self.is_done = True
-        return rest
-
-    def _advance(self, new: str, is_last: bool) -> str:
-        pending = self._held + new
-        ends = [pending.find(stop) for stop in self._stops if stop in pending]
-        if ends:
-            certain, self._held, self.is_done = pending[: min(ends)], "", True
-        else:
-            keep = 0 if is_last else _possible_stop(pending, self._stops)
-            certain, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        return certain
-
-
-def _possible_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that begins one of ``stops``."""
-    longest = min(len(text), max(map(len, stops), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
 def respond(
@@ -276,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
     from tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
-    encoded = encode_prompts(prompts, tokenizer, checkpoint.config.n_positions)
+    encoded = [encode_prompt(prompt, tokenizer, checkpoint.config.n_positions) for prompt in prompts]
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
     timing.loaded = time.perf_counter()

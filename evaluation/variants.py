@@ -30,7 +30,6 @@ WORDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "kv-int8": ("KV cache type", {"kv_cache_dtype": "int8"}),
     "kv-fp8": ("KV cache type", {"kv_cache_dtype": "fp8"}),
 }
-DEFAULT_DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -108,16 +107,20 @@ def open_variants(variants: Sequence[Variant], source: Checkpoint) -> list[tuple
     return [(variant, _open(variant, source)) for variant in variants]
 
 
-def open_default(source: Checkpoint, calibration: Mapping[str, Any]) -> list[tuple[Variant, Checkpoint]]:
-    """What is looked at where nothing else is asked for: two data types and, as far as they can be had, the modes."""
-    found = [(Variant(dtype, dtype), source) for dtype in DEFAULT_DTYPES]
+def open_available(
+    names: Sequence[str], source: Checkpoint, calibration: Mapping[str, Any]
+) -> list[tuple[Variant, Checkpoint]]:
+    """The variants that can be had of those that nobody asked for by name; what is left out is reported."""
+    found = []
     is_quantized = source.config.quant_mode is not None or source.config.kv_cache_dtype is not None
-    for mode in () if is_quantized else quantization.MODES:
-        variant = parse_variant(mode, calibration)
+    for name in names:
+        variant = parse_variant(name, calibration)
+        if variant.quantization is not None and is_quantized:
+            continue  # it cannot be quantized again
         try:
             found.append((variant, _open(variant, source)))
         except QuantizationError as error:
-            report(f"left out {mode}: {error}")
+            report(f"left out {name}: {error}")
     return found
 
 

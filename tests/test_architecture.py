@@ -19,10 +19,15 @@ PORTABLE = ROOT / "portable" / "nvtripy_portable"
 
 #: The programs at the root and their parts, from top to bottom. Each may import those below it.
 PROGRAMS = (
+    "demo",
+    "page",
+    "cards",
+    "side_by_side",
     "example",
     "evaluate",
     "evaluation.chart",
     "evaluation.table",
+    "evaluation.facts",
     "evaluation.speed",
     "evaluation.perplexity",
     "evaluation.weights",
@@ -36,6 +41,7 @@ PROGRAMS = (
     "corpus",
     "engine",
     "generation",
+    "response",
     "qat",
     "quantization",
     "compression",
@@ -84,7 +90,9 @@ DOOR = ("__init__", "__main__", "importing", "stack_info")
 ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}
 
 #: Third-party packages on which the unquantized path of a program must not depend.
-HEAVY = {"torch", "transformers"}
+HEAVY = {"torch", "transformers", "gradio"}
+#: Those that are nothing without them: the page is imported by demo.py once it is sure that Gradio is there.
+EAGER = ("train", "page")
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,7 @@ def test_programs_know_nvtripy_and_not_what_is_under_it(program: str) -> None:
             assert parts[0] != "nvtripy_portable" or imported.module in SURFACE, f"{program}:{imported.line}"
 
 
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in TRAINING])
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in (*TRAINING, *EAGER)])
 def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
     for imported in imports(program_file(program)):
         assert imported.lazy or imported.module.split(".")[0] not in HEAVY, f"{program}:{imported.line}"

@@ -15,6 +15,8 @@ from evaluation import variants
 from evaluation.variants import Variant, parse_variant
 from weight_loader import open_checkpoint
 
+NAMES = ("float32", "float16", *quantization.MODES)
+
 
 def test_every_word_of_a_variant_has_its_effect() -> None:
     calibration = {"calib_size": 5, "calib_length": 64}
@@ -53,7 +55,7 @@ def test_without_modelopt_the_default_is_what_is_left(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "modelopt", None)
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
-    found = variants.open_default(open_checkpoint(EMBEDDED_CHECKPOINT), {})
+    found = variants.open_available(NAMES, open_checkpoint(EMBEDDED_CHECKPOINT), {})
     assert [variant.name for variant, _ in found] == ["float32", "float16"]
     told = capsys.readouterr().err.splitlines()
     for mode in quantization.MODES:
@@ -62,7 +64,7 @@ def test_without_modelopt_the_default_is_what_is_left(
 
 def test_a_quantized_checkpoint_is_evaluated_as_it_is(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(quantized_folder(tmp_path / "quantized", "int8-weight-only"))
-    assert [variant.name for variant, _ in variants.open_default(checkpoint, {})] == ["float32", "float16"]
+    assert [variant.name for variant, _ in variants.open_available(NAMES, checkpoint, {})] == ["float32", "float16"]
 
 
 def test_docstrings() -> None:
