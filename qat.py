@@ -3,6 +3,7 @@
     qat.prepare(model)           # transformers' GPT2LMHeadModel, from scratch or trained; changed in place
     ...                          # train it as any other; evaluate it as it is
     qat.export(model, folder)    # int8 embeddings, attention, MLP and head, which example.py --model-type FOLDER runs
+    qat.load(folder)             # what the folder holds, in float32 again
 
 Every matrix goes through one of NVIDIA ModelOpt's fake quantizers in every forward pass: int8, one scale for each
 output feature or for each row of an embedding. The gradient passes straight through the rounding to the float32 weights
@@ -26,10 +27,11 @@ from pathlib import Path
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import quantization
 from quantization import QuantizationConfig, QuantizationError
+from weight_loader import open_checkpoint
 
 FULL_INT8 = QuantizationConfig("int8-weight-only", quant_lm_head=True, quant_embeddings=True)
 
@@ -92,6 +94,25 @@ def export(model: GPT2LMHeadModel, folder: Path) -> None:
         if quantizer is not None and quantizer.is_enabled:
             _settle(name, module.weight, quantizer)
     quantization.export(spent, folder, FULL_INT8)
+
+
+@torch.no_grad()
+def load(folder: str | Path) -> GPT2LMHeadModel:
+    """A float32 model with the numbers that an exported folder's integers stand for, as transformers has them.
+
+    Raises:
+        CheckpointError: the folder does not hold a model.
+    """
+    checkpoint = open_checkpoint(Path(folder))
+    config = GPT2Config.from_pretrained(folder)
+    config.quantization_config = None
+    model = GPT2LMHeadModel(config)
+    parameters = dict(model.transformer.named_parameters()) | {"lm_head.weight": model.lm_head.weight}
+    for name, values in checkpoint.parameters("float32"):
+        if name in parameters:  # the others are scales
+            is_conv1d = values.ndim == 2 and name.startswith("h.")
+            parameters[name].copy_(torch.from_numpy(values.T if is_conv1d else values))
+    return model.eval()
 
 
 def _settle(name: str, weight: torch.nn.Parameter, quantizer: TensorQuantizer) -> None:

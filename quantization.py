@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import command_line
+import compression
 from command_line import EMBEDDED_CHECKPOINT
 from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
 
@@ -862,20 +863,30 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Carries out the command."""
     parser = command_line.Parser("quantization.py", "Quantize a GPT-2.")
     command_line.add_model_arguments(parser)
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--show-stats",
+        action="store_true",
+        help="print what each part of the written folder takes or, without --output, of the given checkpoint",
+    )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    config = config_from(options)
-    quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
-    sizes = _megabytes(options.output.glob("*.safetensors"))
-    command_line.report(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB")
+    if options.output is None and (not options.show_stats or is_asked_for(options)):
+        raise command_line.UsageError("expected --output DIR, the folder to write, but got none")
+    checkpoint = open_checkpoint(options.model_type, options.revision)
+    if options.output is not None:
+        config = config_from(options)
+        quantize_checkpoint(checkpoint, config, options.output)
+        sizes = _megabytes(options.output.glob("*.safetensors"))
+        command_line.report(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB")
+        checkpoint = open_checkpoint(options.output)
+    if options.show_stats:
+        print(compression.table(checkpoint))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    return command_line.main(
-        "quantization.py", lambda: run(arguments), QuantizationError, CheckpointError, prints=False
-    )
+    return command_line.main("quantization.py", lambda: run(arguments), QuantizationError, CheckpointError)
 
 
 def _kinds(config: QuantizationConfig) -> list[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 import command_line
+import compression
+import quantization
 from batches import Batches, Dataset, load_dataset
 from command_line import UsageError
+from modelopt_layout import DESCRIPTION_FILE
+from quantization import QuantizationError
 from train_config import TrainConfig, parse_config
 from training_log import Evaluation, TrainingLog, say
 from training_state import STATE_FILE, load_state, save_model, save_state
+from weight_loader import CheckpointError, open_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 
@@ -112,11 +119,13 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
 
 
 def build_model(config: TrainConfig, data: Dataset, state: dict[str, Any] | None = None) -> GPT2LMHeadModel:
-    """Return a GPT-2: freshly initialised, its head tied to its token embedding; a checkpoint's; or a resumed run's."""
+    """Return a GPT-2: freshly initialised, its head tied to its token embedding; a checkpoint's; or a resumed run's.
+
+    With qat, it computes with weights rounded to int8.
+    """
     dropout = {"embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "attn_pdrop": config.attn_dropout}
     if state is not None:
         model = GPT2LMHeadModel(GPT2Config(**{**state["architecture"], **dropout}))
-        model.load_state_dict(state["model"])
     elif config.init_from == "scratch":
         shape = {"n_positions": config.block_size, **{k: getattr(config, k) for k in ("n_embd", "n_layer", "n_head")}}
         ends = {"bos_token_id": data.eos_token_id, "eos_token_id": data.eos_token_id}
@@ -126,9 +135,27 @@ def build_model(config: TrainConfig, data: Dataset, state: dict[str, Any] | None
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:
             block.mlp.act = nn.GELU(approximate="tanh")  # the same function, in one fused kernel
+    if config.qat:
+        quantization_aware().prepare(model)
+    if state is not None:
+        model.load_state_dict(state["model"])
     if not config.bias:
         freeze_biases(model)
     return model
+
+
+def quantization_aware() -> ModuleType:
+    """Return qat.py, which needs ModelOpt; training in float does not.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        with quantization.quiet():  # ModelOpt warns of every transformers that is newer than itself
+            return importlib.import_module("qat")
+    except ImportError as error:
+        file = quantization.REQUIREMENTS.name
+        raise UsageError(f"qat=True needs the packages of {file} ({error}): pip install -r {file}") from None
 
 
 def open_pretrained(name: str, block_size: int, data: Dataset, dropout: dict[str, float]) -> GPT2LMHeadModel:
@@ -137,6 +164,8 @@ def open_pretrained(name: str, block_size: int, data: Dataset, dropout: dict[str
     Raises:
         UsageError: it cannot be opened, has another tokenizer than the data, or a shorter context.
     """
+    if (Path(name) / DESCRIPTION_FILE).is_file():
+        raise UsageError(f"expected a float checkpoint to begin with, but {name} is quantized")
     try:
         model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, **dropout)
     except Exception as error:  # transformers, the hub's client and safetensors each raise their own
@@ -241,7 +270,7 @@ def check_same(config: TrainConfig, data: Dataset, state: dict[str, Any]) -> Non
         UsageError: the model's shape or tokenizer is another one.
     """
     path = Path(config.out_dir) / STATE_FILE
-    keys = ["block_size", "bias"]
+    keys = ["block_size", "bias", "qat"]
     if state["config"]["init_from"] == "scratch":  # else the shape is that of the checkpoint it began with
         keys = ["n_layer", "n_head", "n_embd", *keys]
     for key in keys:
@@ -394,8 +423,11 @@ class Run:
                     self.evaluate(processes.mean(loss.item()), (self.step - first) * tokens_per_step / seconds)
         if self.log:
             self.log.close()
-            best = GPT2LMHeadModel.from_pretrained(config.out_dir).to(self.device)
+            load = quantization_aware().load if config.qat else GPT2LMHeadModel.from_pretrained
+            best = load(config.out_dir).to(self.device)
             say(f"best val {self.best:.4f} nats/char, test {self.measure(best, 'test'):.4f}, in {config.out_dir}")
+            if config.qat:
+                say(compression.table(open_checkpoint(Path(config.out_dir))))
         return self.best
 
     def take_step(self, forward: nn.Module) -> torch.Tensor:
@@ -439,7 +471,8 @@ class Run:
             is_best = val < self.best
             if is_best:
                 self.best = val
-                save_model(self.saved_model, self.data.tokenizer, self.data.eos_token_id, folder)
+                write = quantization_aware().export if self.config.qat else GPT2LMHeadModel.save_pretrained
+                save_model(self.saved_model, self.data.tokenizer, self.data.eos_token_id, folder, write)
             rate = learning_rate(self.config, self.step)
             entry = Evaluation(self.step, train_loss, val, rate, tokens_per_second)
             self.log.add(entry, ", saved" if is_best else "")
@@ -466,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         train(parse_config(arguments))
 
-    return command_line.main("train.py", run, prints=False)
+    return command_line.main("train.py", run, QuantizationError, CheckpointError, prints=False)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from command_line import UsageError
+from modelopt_layout import DESCRIPTION_FILE
 
 STATE_FILE = "ckpt.pt"
 #: What ckpt.pt holds; train.Run.state says what each is.
@@ -33,6 +34,8 @@ def _written_together(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         partial.mkdir(parents=True)
         yield partial
+        if not (partial / DESCRIPTION_FILE).exists() and (partial / "config.json").exists():
+            (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a quantized model that was here before
         for file in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             file.chmod(0o644)  # safetensors writes for its owner alone
             os.replace(file, folder / file.name)
@@ -44,8 +47,17 @@ def _written_together(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, eos_token_id: int | None, folder: Path) -> None:
+def save_model(
+    model: GPT2LMHeadModel,
+    tokenizer: Tokenizer,
+    eos_token_id: int | None,
+    folder: Path,
+    write: Callable[[GPT2LMHeadModel, Path], object] = GPT2LMHeadModel.save_pretrained,
+) -> None:
     """Write the HuggingFace folder: config.json, model.safetensors (float32) and the tokenizer.
+
+    Args:
+        write: what writes the model's own files; with qat.export the folder is a quantized one.
 
     Raises:
         UsageError: the disk is full, or `folder` cannot be written to; what was there before is still there.
@@ -59,7 +71,7 @@ def save_model(model: GPT2LMHeadModel, tokenizer: Tokenizer, eos_token_id: int |
         "clean_up_tokenization_spaces": False,
     }
     with _written_together(folder) as partial:
-        model.save_pretrained(partial)
+        write(model, partial)
         tokenizer.save(str(partial / "tokenizer.json"))
         text = json.dumps(tokenizer_config, indent=2) + "\n"
         (partial / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import warnings
@@ -432,6 +433,9 @@ _NUMPY_NAMES = {
 }
 
 
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+
+
 class _SafetensorsFile:
     """A memory-mapped .safetensors file.
 
@@ -574,6 +578,7 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: the settings of its config.json.
+        weight_files: the files that hold its weights.
 
     Raises:
         CheckpointError: at construction, from config.json and the headers of the weight files alone.
@@ -582,9 +587,9 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_config(path / "config.json")
-        self._paths = _weight_paths(path)
+        self.weight_files = _weight_paths(path)
         self._sources: dict[str, tuple[_WeightFile, str]] = {}  # tensor → its file, and its name there
-        for file_path in self._paths:
+        for file_path in self.weight_files:
             file: _WeightFile = (
                 _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _TorchFile(file_path)
             )
@@ -703,6 +708,11 @@ class Checkpoint:
                 scale = self._read_scale(f"{name}.{suffix}", dtype)
                 yield f"{name}.{suffix}", scale.reshape(()) if suffix == "input_scale" else scale
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every stored tensor, scales among them, by name without the prefix "transformer."."""
+        headers = {name: file.tensors[stored_name] for name, (file, stored_name) in self._sources.items()}
+        return {name: math.prod(header.shape) * _ITEM_BYTES[header.dtype] for name, header in headers.items()}
+
     def _read(self, name: str) -> np.ndarray:
         """A stored tensor, whole."""
         file, stored_name = self._sources[name]
@@ -745,7 +755,7 @@ class Checkpoint:
         for name in sorted(self._sources):
             file, stored_name = self._sources[name]
             digest.update(repr((name, stored_name, file.tensors[stored_name])).encode())
-        for path in self._paths:
+        for path in self.weight_files:
             try:
                 for piece in _content_pieces(path):
                     digest.update(piece)

@@ -31,6 +31,7 @@ WORDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     **{f"group-{size}": ("group size", {"group_size": size}) for size in (16, 32, 48, 64, 96, 128, 192, 256)},
     "no-clipping": (None, {"clipping": False}),
     "lm-head": (None, {"quant_lm_head": True}),
+    "embeddings": (None, {"quant_lm_head": True, "quant_embeddings": True}),
     "per-channel": (None, {"per_channel": True}),
     "per-token": (None, {"per_token": True}),
     "kv-int8": ("KV cache type", {"kv_cache_dtype": "int8"}),

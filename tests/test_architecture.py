@@ -42,8 +42,10 @@ PROGRAMS = (
     "engine",
     "generation",
     "response",
+    "qat",
     "quantization",
     "gptq",
+    "compression",
     "tokenizer",
     "weight_loader",
     "modelopt_layout",
@@ -53,7 +55,7 @@ PROGRAMS = (
     "command_line",
 )
 #: They train, with torch; the other programs import it only where it is needed.
-TRAINING = ("train", "training_log", "training_state", "batches")
+TRAINING = ("train", "training_log", "training_state", "batches", "qat")
 #: What programs may use of the portable runtime.
 SURFACE = {"nvtripy_portable.engine_file", "nvtripy_portable.top_k.top_k"}
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
