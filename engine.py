@@ -27,7 +27,7 @@ class EngineError(Exception):
 
 
 @contextlib.contextmanager
-def _stderr_kept() -> Iterator[None]:
+def stderr_kept() -> Iterator[None]:
     """nvtripy leaves a block-buffered copy of standard error in ``sys.stderr`` whenever it compiles: undone here."""
     stderr = sys.stderr
     try:
@@ -45,10 +45,10 @@ class Engine:
         batch: How many sequences it was compiled for.
     """
 
-    @_stderr_kept()
+    @stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
-        self._executable = executable
+        self.executable = executable
         self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
         self._inputs: dict[tuple[str, tuple[int, ...]], _Input] = {}
 
@@ -68,7 +68,7 @@ class Engine:
         idx, position, last = (
             self._input(name, array) for name, array in (("idx", idx), ("position", position), ("last", last))
         )
-        logits, self._cache = self._executable(idx, position, self._cache, last)
+        logits, self._cache = self.executable(idx, position, self._cache, last)
         return _to_host(logits)
 
     def _input(self, name: str, array: np.ndarray) -> tp.Tensor:
@@ -115,7 +115,7 @@ def config_of(checkpoint: Checkpoint, dtype: str) -> GPTConfig:
     return GPTConfig(**{name: value for name, value in asdict(checkpoint.config).items() if name in names}, dtype=dtype)
 
 
-@_stderr_kept()
+@stderr_kept()
 def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     """The model with the checkpoint's weights.
 
@@ -137,7 +137,7 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     return gpt
 
 
-@_stderr_kept()
+@stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
     return tp.compile(gpt, args=_inputs(gpt.config, batch))

@@ -15,30 +15,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+import command_line
 import generation
+import machine
 import quantization
+from command_line import UsageError
 from quantization import QuantizationConfig, QuantizationError
+from response import Response, encode_prompt
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     from engine import Engine
     from tokenizer import Tokenizer
 
-EMBEDDED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shakespeare"
 MAX_BATCH = 8  # responses computed together; more are computed one batch after another
 SEPARATOR = "-" * 16  # between responses, where there are several
-
-
-class UsageError(Exception):
-    """The command cannot be carried out as given; one line says what was expected and what came."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would print before it."""
-        raise UsageError(message)
 
 
 @dataclass
@@ -58,7 +51,7 @@ class Timing:
         return (
             f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, "
             f"first token after {self.first_token - self.compiled:.3f} s, {self.tokens} tokens, {rate}, "
-            f"peak memory {_peak_memory_mb():.0f} MB"
+            f"peak memory {machine.peak_memory_bytes() / (1 << 20):.0f} MB"
         )
 
 
@@ -68,17 +61,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Raises:
         UsageError, QuantizationError: an unknown option, or a value out of its range.
     """
-    parser = _Parser(prog="example.py", description="Generate text with a GPT-2.", allow_abbrev=False)
+    parser = command_line.Parser("example.py", "Generate text with a GPT-2.")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input-text", metavar="TEXT", help="the prompt (default: what standard input holds)")
     source.add_argument("--batch", metavar="FILE", type=Path, help="prompts from a UTF-8 file, one a line")
-    parser.add_argument(
-        "--model-type",
-        metavar="NAME",
-        default=EMBEDDED_CHECKPOINT,
-        help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
-    )
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
+    command_line.add_model_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=200, help="at most so many (default %(default)s)"
     )
@@ -115,11 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
     options.quantization = quantization.config_from(options) if quantization.is_asked_for(options) else None
-    for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("threads", 1)):
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise UsageError(
-                f"expected --{name.replace('_', '-')} to be at least {least} but got {getattr(options, name)}"
-            )
+    command_line.check_least(options, max_new_tokens=1, num_samples=1, top_k=0, threads=1)
     if "" in options.stop:
         raise UsageError("expected --stop to be a text but got an empty one")
     for name, text in [("input-text", options.input_text or ""), *(("stop", stop) for stop in options.stop)]:
@@ -168,21 +151,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Token ids of each prompt.
-
-    Raises:
-        UsageError: a prompt leaves no room for a new token.
-    """
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for ids in encoded:
-        if len(ids) >= context:
-            raise UsageError(
-                f"expected a prompt of at most {context - 1} tokens (the context is {context}) but got {len(ids)}"
-            )
-    return encoded
-
-
 def quantized(checkpoint: Checkpoint, config: QuantizationConfig) -> Checkpoint:
     """The checkpoint quantized as asked: itself if it is so already, else one from the cache, or a new one.
 
@@ -192,7 +160,7 @@ def quantized(checkpoint: Checkpoint, config: QuantizationConfig) -> Checkpoint:
     """
     found = checkpoint.config
     if found.quant_mode is None and found.kv_cache_dtype is None:
-        return open_checkpoint(quantization.cached_checkpoint(checkpoint, config, report=_report))
+        return open_checkpoint(quantization.cached_checkpoint(checkpoint, config, report=command_line.report))
     has = _described(found.quant_mode, found.kv_cache_dtype)
     asked = _described(config.mode, None if config.kv_cache_dtype == "float16" else config.kv_cache_dtype)
     if has != asked:
@@ -212,48 +180,6 @@ class Job:
     prompt: str
     ids: list[int]
     sample: int
-
-
-class Response:
-    """The text of one response: token ids come in, text goes out, whole characters only and never past a stop text."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_id: int | None) -> None:
-        from tokenizer import StreamDecoder
-
-        self._decoder = StreamDecoder(tokenizer)
-        self._stops, self._eos_id = stops, eos_id
-        self._held = ""  # what may be the beginning of a stop text
-        self.is_done = False
-
-    def push(self, token: int) -> str:
-        """Takes a token and returns the text that is certain now."""
-        if token == self._eos_id:
-            return self.finish()
-        return self._advance(self._decoder.push(token), is_last=False)
-
-    def finish(self) -> str:
-        """Ends the response and returns the rest of its text."""
-        if self.is_done:
-            return ""
-        rest = self._advance(self._decoder.flush(), is_last=True)
-        self.is_done = True
-        return rest
-
-    def _advance(self, new: str, is_last: bool) -> str:
-        pending = self._held + new
-        ends = [pending.find(stop) for stop in self._stops if stop in pending]
-        if ends:
-            certain, self._held, self.is_done = pending[: min(ends)], "", True
-        else:
-            keep = 0 if is_last else _possible_stop(pending, self._stops)
-            certain, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
-        return certain
-
-
-def _possible_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that begins one of ``stops``."""
-    longest = min(len(text), max(map(len, stops), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
 def respond(
@@ -294,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
     from tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
-    encoded = encode_prompts(prompts, tokenizer, checkpoint.config.n_positions)
+    encoded = [encode_prompt(prompt, tokenizer, checkpoint.config.n_positions) for prompt in prompts]
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
     timing.loaded = time.perf_counter()
@@ -310,7 +236,7 @@ def run(options: argparse.Namespace) -> None:
         for sample in range(options.num_samples)
     ]
     batch = 1 if options.stream else min(len(jobs), MAX_BATCH)
-    report = _report if options.verbose else _ignore
+    report = command_line.report if options.verbose else _ignore
     try:
         engine = open_engine(checkpoint, options.dtype, batch, options.engine_dir, report)
     except EngineError as error:
@@ -336,50 +262,16 @@ def run(options: argparse.Namespace) -> None:
             print(f"\n{SEPARATOR}\n".join(texts), flush=True)
     timing.finished = time.perf_counter()
     if options.verbose:
-        _report(timing.report())
-
-
-def _report(message: str) -> None:
-    print(message, file=sys.stderr)
+        command_line.report(timing.report())
 
 
 def _ignore(message: str) -> None:
     pass
 
 
-def _peak_memory_mb() -> float:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
 def main() -> int:
     """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    if sys.stdout is None:
-        return _fail("standard output is closed")
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    try:
-        try:
-            run(parse_arguments())
-        finally:
-            sys.stdout.flush()  # --help, which leaves by SystemExit, has not done so
-    except (UsageError, CheckpointError, QuantizationError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        # What could not be written is still in the buffer, and the interpreter would try again at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 1  # the reader has gone: nothing more to say
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _fail(message: str) -> int:
-    print("example.py: error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return command_line.main("example.py", lambda: run(parse_arguments()), CheckpointError, QuantizationError)
 
 
 if __name__ == "__main__":

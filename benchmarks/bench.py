@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs at the root
 
@@ -34,6 +32,10 @@ from report import Record, Run
 from tqdm import tqdm
 from workers import Timed, Worker, WorkerError, fresh_start, write_model
 
+import command_line
+import machine
+import picture
+from command_line import UsageError
 from weight_loader import open_checkpoint
 
 DECODE_CONTEXTS = (16, 64, 256, 1000)
@@ -47,18 +49,6 @@ STARTS = 3  # fresh processes of each engine, at most
 #: How far logits may be from transformers' in float32, relative to their spread: a broken model is far beyond.
 TOLERANCES = {"fp16": 0.03, "int8": 0.1, "int4": 0.6}
 
-PICTURE_SUFFIXES = (".png", ".svg")
-
-
-class UsageError(Exception):
-    """The command cannot be carried out as given; one line says what was expected and what came."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would print before it."""
-        raise UsageError(message)
-
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked.
@@ -68,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     others = [name for name in PEERS if name != OURS]
     shapes = [name for name in model_files.SHAPES if name != "tiny"]
-    parser = _Parser(prog="bench.py", description="Measure this project and its peers.", allow_abbrev=False)
+    parser = command_line.Parser("bench.py", "Measure this project and its peers.")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -88,7 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"who else is measured: {', '.join(others)} (default: those that are installed)",
     )
     parser.add_argument(
-        "--threads", metavar="N", type=int, default=_processors(), help="of every engine (default %(default)s)"
+        "--threads", metavar="N", type=int, default=machine.usable_cores(), help="of every engine (default %(default)s)"
     )
     parser.add_argument("--runs", metavar="N", type=int, help="rounds (default 7; 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one round of little work: does everything run?")
@@ -105,32 +95,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.runs is None:
         options.runs = 1 if options.quick else 7
-    for name in ("threads", "runs"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"expected --{name} to be at least 1 but got {getattr(options, name)}")
+    command_line.check_least(options, threads=1, runs=1)
     if options.plot is not None:
-        if options.plot.suffix not in PICTURE_SUFFIXES:
-            raise UsageError(f"expected --plot to end in {' or '.join(PICTURE_SUFFIXES)} but got {options.plot}")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UsageError("--plot needs matplotlib: pip install -r requirements-bench.txt") from None
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
-            raise UsageError(f"expected --{name} to be a file in a writable folder but got {path}")
+        picture.check(options.plot, "requirements-bench.txt")
+    path = options.json
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
+        raise UsageError(f"expected --json to be a file in a writable folder but got {path}")
     for name in ("shapes", "widths", "peers"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
     # The widths in their own order: quantized ones are compared with a peer's fp16, where it has nothing else.
     options.widths.sort(key=model_files.WIDTHS.index)
     return options
-
-
-def _processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 def set_threads(threads: int) -> None:
@@ -140,27 +115,6 @@ def set_threads(threads: int) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-# ---- the machine -----------------------------------------------------------------------------------------------------
-
-_EXTENSIONS = "avx2 f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16"
-_ARM_EXTENSIONS = "asimd asimdhp asimddp i8mm bf16 sve sve2"
-
-
-def machine() -> tuple[str, str]:
-    """The processor's name and its vector instructions."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    known = [flag for flag in f"{_EXTENSIONS} {_ARM_EXTENSIONS}".split() if flag in flags]
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return name, f"{platform.machine()}{' with ' if known else ''}{' '.join(known)}"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -201,10 +155,9 @@ class Bench:
         self._names = [OURS, *(name for name in PEERS if name in options.peers and self._is_installed(name))]
         self.broken: list[str] = []
         self._written: set[tuple[str, str, str, Path]] = set()
-        name, isa = machine()
         self.run = Run(
-            machine=name,
-            isa=isa,
+            machine=machine.processor(),
+            isa=machine.instruction_set(),
             threads=options.threads,
             versions={name: peers.version(name) for name in self._names},
             settings={"runs": options.runs, "quick": options.quick, "shapes": options.shapes, "widths": options.widths},
@@ -372,31 +325,23 @@ def deviation(logits: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(logits - reference) / np.linalg.norm(reference - reference.mean()))
 
 
+def carry_out(options: argparse.Namespace) -> int:
+    """Measures, draws and prints; returns 1 if an engine had to be left out because it failed, else 0."""
+    set_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="bench-engines-") as engines:
+        bench = Bench(options, Path(engines))
+        run = bench.measure()
+    if not run.records:
+        raise UsageError("nothing could be measured")
+    if options.plot is not None:
+        report.plot(run, options.plot)
+    print(report.text(run, options.markdown), flush=True)
+    return 1 if bench.broken else 0
+
+
 def main() -> int:
     """Exit code 0; 1 if an engine had to be left out because it failed; 2 after one line for unusable input."""
-    try:
-        options = parse_arguments()
-        set_threads(options.threads)
-        with tempfile.TemporaryDirectory(prefix="bench-engines-") as engines:
-            bench = Bench(options, Path(engines))
-            run = bench.measure()
-        if not run.records:
-            return _fail("nothing could be measured")
-        if options.plot is not None:
-            report.plot(run, options.plot)
-        print(report.text(run, options.markdown), flush=True)
-        return 1 if bench.broken else 0
-    except (UsageError, WorkerError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        return 130
-
-
-def _fail(message: str) -> int:
-    print("bench.py: error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return command_line.main("bench.py", lambda: carry_out(parse_arguments()), WorkerError)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs 
 
 import peers
 
-
-def peak_memory() -> int:
-    """The most memory that this process has held at once, in bytes."""
-    try:
-        # Not getrusage, whose peak a child inherits from the process that it was forked from.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+from machine import peak_memory_bytes
 
 
 def main() -> None:
@@ -40,7 +28,7 @@ def main() -> None:
     engine.generate(asked["prompt"], 1)
     print("first token", file=answers, flush=True)
     engine.generate(asked["prompt"], asked["new"])
-    print(peak_memory(), file=answers, flush=True)
+    print(peak_memory_bytes(), file=answers, flush=True)
 
 
 if __name__ == "__main__":

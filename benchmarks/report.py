@@ -11,6 +11,8 @@ from typing import Any
 import peers
 from model_files import WIDTHS
 
+import picture
+
 NOTHING = "-"
 
 
@@ -265,5 +267,5 @@ def plot(run: Run, path: Path) -> None:
     columns = 3 if len(shapes) == 1 else len(labels)  # as many as the figure is wide
     figure.legend([*handles, limit_line], labels, loc="lower center", ncols=columns, frameon=False)
     figure.tight_layout(rect=(0, 0.08 if columns == len(labels) else 0.14, 1, 1))
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    picture.write(figure, path)
     plt.close(figure)

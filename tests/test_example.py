@@ -31,6 +31,8 @@ from tiny_checkpoints import CONTEXT, EOS, edit_config, random_checkpoint, recit
 import example
 import generation
 import tokenizer
+from command_line import EMBEDDED_CHECKPOINT
+from response import Response
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example.py"
@@ -39,8 +41,8 @@ EXAMPLE = ROOT / "example.py"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 needs_embedded = pytest.mark.skipif(
-    not (example.EMBEDDED_CHECKPOINT / "model.safetensors").is_file(),
-    reason=f"{example.EMBEDDED_CHECKPOINT} is not there",
+    not (EMBEDDED_CHECKPOINT / "model.safetensors").is_file(),
+    reason=f"{EMBEDDED_CHECKPOINT} is not there",
 )
 
 VERSE = "The cat sat on the mat."
@@ -473,7 +475,7 @@ any_tokens = st.lists(st.one_of(st.sampled_from([*b"aab", *"é€".encode()]), s
 def test_response_never_shows_what_it_must_take_back(
     byte_tokenizer: tokenizer.Tokenizer, tokens: list[int], stops: list[str]
 ) -> None:
-    response = example.Response(byte_tokenizer, stops, EOS)
+    response = Response(byte_tokenizer, stops, EOS)
     shown = ""
     for token in tokens:
         shown += response.push(token)

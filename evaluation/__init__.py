@@ -1,0 +1,1 @@
+"""What evaluate.py measures of a model, and how it shows it: one file for each."""

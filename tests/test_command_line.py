@@ -1,0 +1,88 @@
+"""What programs have in common: one line for bad input, exit codes, and an output that may go away."""
+
+from __future__ import annotations
+
+import doctest
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def command() -> int:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("command", "prints", "expected", "told"),
+    [
+        (lambda: None, True, 0, ""),
+        (lambda: 1, True, 1, ""),
+        (raising(command_line.UsageError("expected\n  this")), True, 2, "p.py: error: expected this\n"),
+        (raising(LookupError("that")), True, 2, "p.py: error: that\n"),
+        (raising(KeyboardInterrupt()), True, 130, ""),
+        (raising(FileNotFoundError(errno.ENOENT, "gone", "a.txt")), True, 2, "p.py: error: a.txt: gone\n"),
+        (raising(OSError(errno.ENOSPC, "full")), True, 2, "p.py: error: standard output: full\n"),
+        (raising(OSError(errno.ENOSPC, "full")), False, 2, f"p.py: error: [Errno {errno.ENOSPC}] full\n"),
+        (raising(BrokenPipeError(errno.EPIPE, "pipe")), True, 1, ""),
+    ],
+)
+def test_exit_codes(
+    command: Callable[[], int | None], prints: bool, expected: int, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main("p.py", command, LookupError, prints=prints) == expected
+    assert capfd.readouterr().err == told
+
+
+def test_a_mistake_of_the_program_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        command_line.main("p.py", raising(ZeroDivisionError()))
+
+
+def run(command: str, tail: str = "") -> subprocess.CompletedProcess[str]:
+    """A program with that command, started by a shell, with what follows it there."""
+    program = f"import command_line, sys; sys.exit(command_line.main('p.py', lambda: {command}))"
+    shell = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {tail}', sys.executable, program]
+    return subprocess.run(shell, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    done = run("print('x' * 10**6)", "| true")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_closed_or_full_standard_output_is_told() -> None:
+    done = run("print('x')", ">&-")
+    assert (done.returncode, done.stderr) == (2, "p.py: error: standard output is closed\n")
+    if os.path.exists("/dev/full"):
+        done = run("print('x')", "> /dev/full")
+        assert (done.returncode, done.stderr) == (2, "p.py: error: standard output: No space left on device\n")
+
+
+def test_text_is_written_as_utf_8_whatever_the_locale() -> None:
+    done = run("print(chr(0x21d2))", "| od -An -tx1")
+    assert done.stdout.split() == ["e2", "87", "92", "0a"]
+
+
+def test_it_starts_fast() -> None:
+    """Nothing but the standard library, and of that nothing that takes time."""
+    script = "import sys; before = set(sys.modules); import command_line; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    packages = {name.split(".")[0] for name in done.stdout.split()} - {"command_line"}
+    assert packages <= sys.stdlib_module_names and not packages & {"asyncio", "subprocess", "multiprocessing"}
+
+
+def test_docstrings() -> None:
+    results = doctest.testmod(command_line)
+    assert results.attempted == 1 and results.failed == 0
