@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nvtripy as tp
 
@@ -43,10 +43,13 @@ class GPTConfig:
     dtype: str = "float16"  # of everything but LayerNorm: float16, bfloat16 or float32
     quant_mode: str | None = None  # how linear layers are quantized: one of QUANT_MODES
     quant_lm_head: bool = False  # the head, too: as HEAD_MODES says
-    quant_embedding: bool = False  # a tied embedding reads the quantized head's weight instead of one of its own
+    quant_embedding: bool = False  # the token embedding, too: a tied one reads the quantized head's weight
+    quant_position_embedding: bool = False  # int8-weight-only: the position embedding, too
     per_channel: bool = True  # int8-smoothquant: a scale for each output feature, or one for the weight
     per_token: bool = False  # int8-smoothquant: activations scaled token by token as they come, or by calibration
     kv_cache_dtype: str | None = None  # int8 or fp8; None: as ``dtype``
+    block_size: int = 128  # int4-weight-only: input features that share a scale
+    pre_quant_scale: bool = True  # int4-weight-only: inputs are multiplied by AWQ's scales first
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -70,12 +73,17 @@ class GPTConfig:
             )
         if self.quant_lm_head and self.quant_mode is None:
             raise ValueError("expected a quant_mode with quant_lm_head but got none")
-        if self.quant_embedding and not (self.quant_lm_head and self.tie_word_embeddings):
-            raise ValueError("expected quant_embedding only with quant_lm_head and tied embeddings")
+        if self.quant_embedding and self.tie_word_embeddings and not self.quant_lm_head:
+            raise ValueError("expected quant_embedding of tied embeddings only with quant_lm_head")
+        has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
+        if has_table and self.quant_mode != "int8-weight-only":
+            raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
         widths = (self.n_embd, self.inner_size)
-        if self.quant_mode == "int4-weight-only" and any(width % BLOCK_SIZE for width in widths):
+        if self.block_size < 1:
+            raise ValueError(f"expected block_size to be at least 1 but got {self.block_size}")
+        if self.quant_mode == "int4-weight-only" and any(width % self.block_size for width in widths):
             raise ValueError(
-                f"expected widths that {BLOCK_SIZE}, the block of int4-weight-only, divides, but got "
+                f"expected widths that {self.block_size}, the block of int4-weight-only, divides, but got "
                 f"{' and '.join(map(str, widths))}"
             )
 
@@ -99,7 +107,10 @@ class GPTConfig:
 
     @property
     def linear_mode(self) -> QuantMode | None:
-        return None if self.quant_mode is None else QUANT_MODES[self.quant_mode]
+        mode = None if self.quant_mode is None else QUANT_MODES[self.quant_mode]
+        if mode is not None and mode.scales == "block" and not self.pre_quant_scale:
+            return replace(mode, scales_input=False)
+        return mode
 
     @property
     def head_mode(self) -> QuantMode | None:
@@ -110,6 +121,11 @@ class GPTConfig:
         """Whether the head has no weight of its own but multiplies by the embedding's."""
         return self.tie_word_embeddings and not self.quant_lm_head
 
+    @property
+    def embedding_is_head(self) -> bool:
+        """Whether the token embedding has no weight of its own but reads the rows of the head's."""
+        return self.tie_word_embeddings and self.quant_embedding
+
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
         """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, H, C, D), keys before values."""
         return (self.n_layer, 2, batch, self.n_head, self.n_positions, self.head_size)
@@ -119,7 +135,6 @@ DTYPES: dict[str, tp.dtype] = {"float16": tp.float16, "bfloat16": tp.bfloat16, "
 
 
 CACHE_DTYPES: dict[str, tp.dtype] = {"int8": tp.int8, "fp8": tp.float8}
-BLOCK_SIZE = 128  # input features that share a scale in int4-weight-only
 
 
 @dataclass(frozen=True)
@@ -173,10 +188,9 @@ class GPT(tp.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        dtype = config.tripy_dtype
-        if not config.quant_embedding:
-            self.wte = tp.Embedding(config.vocab_size, config.n_embd, dtype=dtype)
-        self.wpe = tp.Embedding(config.n_positions, config.n_embd, dtype=dtype)
+        if not config.embedding_is_head:
+            self.wte = embedding(config.vocab_size, config, config.quant_embedding)
+        self.wpe = embedding(config.n_positions, config, config.quant_position_embedding)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
         if not config.head_is_embedding:
@@ -205,7 +219,7 @@ class GPT(tp.Module):
         batch, length = idx.shape
         ahead = tp.unsqueeze(tp.iota((length,), dtype=tp.int32), 0)  # (1, T)
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
-        embedded = self.lm_head.rows(idx) if self.config.quant_embedding else self.wte(idx)
+        embedded = self.lm_head.rows(idx) if self.config.embedding_is_head else self.wte(idx)
         x = embedded + self.wpe(positions)  # (B, T, E)
 
         if cache is None:
@@ -345,7 +359,7 @@ class Linear(tp.Module):
 
     Scales are constants, as nvtripy wants them, in the model's type:
 
-    - ``weight_scale``: (out_features,), (in_features / BLOCK_SIZE, out_features) or a scalar, by the mode.
+    - ``weight_scale``: (out_features,), (in_features / config.block_size, out_features) or a scalar, by the mode.
     - ``input_scale``: a scalar, where activations are quantized and not token by token.
     - ``pre_quant_scale``: (in_features,), where the mode multiplies the input by it first.
     """
@@ -365,7 +379,8 @@ class Linear(tp.Module):
             return
         if self.has_blocks:
             self.weight = tp.Linear(out_features, in_features, bias=False, dtype=self.dtype).weight
-            self.weight_scale = tp.Linear(out_features, in_features // BLOCK_SIZE, bias=False, dtype=self.dtype).weight
+            blocks = in_features // config.block_size
+            self.weight_scale = tp.Linear(out_features, blocks, bias=False, dtype=self.dtype).weight
         elif mode.scales == "channel" and (config.per_channel or not mode.quantizes_input):
             self.weight_scale = tp.Linear(1, out_features, dtype=self.dtype).bias
         else:
@@ -406,6 +421,23 @@ class Linear(tp.Module):
         wide = tp.cast(x, tp.float32)
         scale = tp.maximum(tp.max(abs(wide), dim=-1, keepdim=True) / 127.0, 1e-6)
         return tp.cast(tp.cast(tp.quantize(wide / scale, 1.0, dtype), tp.float32) * scale, self.dtype)
+
+
+class QuantizedEmbedding(Linear):
+    """Rows looked up by number, of a table in int8 with a scale for each row: a linear layer that only gives rows."""
+
+    def __init__(self, rows: int, config: GPTConfig) -> None:
+        super().__init__(config.n_embd, rows, config, QUANT_MODES["int8-weight-only"], bias=False)
+
+    def forward(self, idx: tp.Tensor) -> tp.Tensor:
+        """(...) → (..., n_embd)."""
+        return self.rows(idx)
+
+
+def embedding(rows: int, config: GPTConfig, is_quantized: bool) -> tp.Embedding | QuantizedEmbedding:
+    if is_quantized:
+        return QuantizedEmbedding(rows, config)
+    return tp.Embedding(rows, config.n_embd, dtype=config.tripy_dtype)
 
 
 def scalar_parameter(config: GPTConfig) -> tp.Tensor:

@@ -8,15 +8,18 @@ quantized one has its scales beside it:
     quant_algo          weight                 weight_scale             input_scale  pre_quant_scale
     ==================  =====================  =======================  ===========  ===============
     W8A16               int8 (out, in)         (out,)                   -            -
-    W4A16_AWQ           uint8 (out / 2, in)    (out, in / 128)          -            (in,)
+    W4A16_AWQ           uint8 (out / 2, in)    (out, in / group_size)   -            (in,) (**)
     FP8                 float8 E4M3 (out, in)  scalar                   scalar       -
     W8A8_SQ_PER_CHANNEL int8 (out, in)         (out,), or 1 element     scalar (*)   (in,)
     ==================  =====================  =======================  ===========  ===============
 
     (*) absent where inputs are scaled token by token
+    (**) absent where hf_quant_config.json says so: weights that were rounded without AWQ
 
 A byte of W4A16_AWQ holds an even row in its low half and the next row in its high half. The head is weight-only and
-without pre_quant_scale, except in FP8. Everything that is wrong raises `ValueError` with a text that names it.
+without pre_quant_scale, except in FP8. A tied head is stored once, as the token embedding. In W8A16 either embedding
+may be int8 as well: (rows, width) with a scale a row. With both and the head, everything but biases and LayerNorms is.
+Everything that is wrong raises `ValueError` with a text that names it.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from typing import Any, Protocol
 import numpy as np
 
 DESCRIPTION_FILE = "hf_quant_config.json"
-BLOCK = 128  # input features that share a scale in W4A16_AWQ
 
+BLOCK = 128  # input features that share a scale in W4A16_AWQ, unless the folder says otherwise
 FLOATS = ("F32", "F16", "BF16", "F64")  # in safetensors' notation
 
 _MODES = {
@@ -54,11 +57,17 @@ class Config(Protocol):
     @property
     def quant_embedding(self) -> bool: ...
     @property
+    def quant_position_embedding(self) -> bool: ...
+    @property
     def per_channel(self) -> bool: ...
     @property
     def per_token(self) -> bool: ...
     @property
     def kv_cache_dtype(self) -> str | None: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def pre_quant_scale(self) -> bool: ...
 
 
 class Stored(Protocol):
@@ -83,10 +92,15 @@ class Spec:
 
 @dataclass(frozen=True)
 class Description:
-    """What hf_quant_config.json says. `mode` and `kv_cache_dtype` are by the model's names, None if not quantized."""
+    """What hf_quant_config.json says. `mode` and `kv_cache_dtype` are by the model's names, None if not quantized.
+
+    `block_size` and `pre_quant_scale` are of int4: input features that share a scale, and whether they have one each.
+    """
 
     mode: str | None
     kv_cache_dtype: str | None
+    block_size: int = BLOCK
+    pre_quant_scale: bool = True
 
 
 def read_description(raw: Mapping[str, Any]) -> Description:
@@ -100,15 +114,23 @@ def read_description(raw: Mapping[str, Any]) -> Description:
         algorithm, settings = _algorithm_of_layers(quantization.get("quantized_layers"))
     if algorithm is not None and algorithm not in _MODES:
         raise ValueError(f"expected quant_algo to be one of {', '.join(_MODES)} but got {algorithm!r}")
+    int4: dict[str, Any] = {}
     if algorithm == "W4A16_AWQ":
-        for name, wanted in (("group_size", BLOCK), ("has_zero_point", False), ("pre_quant_scale", True)):
-            if settings.get(name) != wanted:
-                raise ValueError(f"expected {name} of {algorithm} to be {wanted} but got {settings.get(name)}")
+        block, scaled = settings.get("group_size"), settings.get("pre_quant_scale")
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"expected group_size of {algorithm} to be a positive integer but got {block}")
+        if not isinstance(scaled, bool):
+            raise ValueError(f"expected pre_quant_scale of {algorithm} to be true or false but got {scaled}")
+        if settings.get("has_zero_point") is not False:
+            raise ValueError(
+                f"expected has_zero_point of {algorithm} to be False but got {settings.get('has_zero_point')}"
+            )
+        int4 = {"block_size": block, "pre_quant_scale": scaled}
     cache = quantization.get("kv_cache_quant_algo")
     if cache is not None and cache not in _CACHE_DTYPES:
         expected = ", ".join(_CACHE_DTYPES)
         raise ValueError(f"expected kv_cache_quant_algo to be one of {expected} or null but got {cache!r}")
-    return Description(_MODES[algorithm] if algorithm else None, _CACHE_DTYPES[cache] if cache else None)
+    return Description(_MODES[algorithm] if algorithm else None, _CACHE_DTYPES[cache] if cache else None, **int4)
 
 
 def _algorithm_of_layers(layers: object) -> tuple[str, dict[str, Any]]:
@@ -131,16 +153,25 @@ def config_fields(description: Description, tied: bool, tensors: Mapping[str, St
     mode = description.mode
     if mode is None:
         return {"kv_cache_dtype": description.kv_cache_dtype}
-    embedding, head = tensors.get("wte.weight"), tensors.get("lm_head.weight")
-    quant_embedding = tied and embedding is not None and embedding.dtype not in FLOATS
-    quant_lm_head = quant_embedding if head is None else head.dtype not in FLOATS
+
+    def is_narrow(name: str) -> bool:
+        return name in tensors and tensors[name].dtype not in FLOATS
+
+    has_tables = mode == "int8-weight-only"  # of their own, which need not be the head's weight
+    quant_embedding = (tied or has_tables) and is_narrow("wte.weight")
+    quant_lm_head = is_narrow("lm_head.weight") if "lm_head.weight" in tensors else tied and quant_embedding
+    if tied and quant_embedding and not quant_lm_head:
+        raise ValueError("expected a head that shares the embedding's weight to be quantized as that is")
     is_smoothquant = mode == "int8-smoothquant"
     first_scale = tensors.get("h.0.attn.c_attn.weight_scale")
     return {
         "quant_mode": mode,
         "kv_cache_dtype": description.kv_cache_dtype,
+        "block_size": description.block_size,
+        "pre_quant_scale": description.pre_quant_scale,
         "quant_lm_head": quant_lm_head,
         "quant_embedding": quant_embedding,
+        "quant_position_embedding": has_tables and is_narrow("wpe.weight"),
         "per_channel": not (is_smoothquant and first_scale is not None and first_scale.shape in ((), (1,))),
         "per_token": is_smoothquant and not any(name.endswith(".input_scale") for name in tensors),
     }
@@ -159,7 +190,7 @@ def stored_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dic
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
         if is_quantized(config, name):
-            for suffix, spec in _layer(config, shape, is_head=layer in ("lm_head", "wte")).items():
+            for suffix, spec in _layer(config, shape, is_head=not layer.startswith("h.")).items():
                 if layer != "wte" or suffix != "input_scale":  # an embedding has no input to scale
                     specs[f"{layer}.{suffix}"] = spec
         else:
@@ -177,7 +208,12 @@ def is_quantized(config: Config, name: str) -> bool:
         return False
     if name.startswith("h."):
         return ".attn." in name or ".mlp." in name
-    return (name == "lm_head.weight" and config.quant_lm_head) or (name == "wte.weight" and config.quant_embedding)
+    others = {
+        "wte.weight": config.quant_embedding,
+        "wpe.weight": config.quant_position_embedding,
+        "lm_head.weight": config.quant_lm_head,
+    }
+    return others.get(name, False)
 
 
 def cache_scale(layer: int, which: str) -> str:
@@ -192,10 +228,10 @@ def _layer(config: Config, shape: tuple[int, ...], is_head: bool) -> dict[str, S
     stored_out = size_out
     scale_shape: tuple[int, ...] = (size_out,)
     if mode == "int4-weight-only":
-        if size_in % BLOCK:
-            raise ValueError(f"expected widths that the int4 block of {BLOCK} divides but got {size_in}")
+        if size_in % config.block_size:
+            raise ValueError(f"expected widths that the int4 block of {config.block_size} divides but got {size_in}")
         size_out += size_out % 2  # packed in pairs; the row too many is of zeros
-        stored_out, scale_shape = size_out // 2, (size_out, size_in // BLOCK)
+        stored_out, scale_shape = size_out // 2, (size_out, size_in // config.block_size)
     elif mode == "fp8" or (mode == "int8-smoothquant" and not config.per_channel and not is_head):
         scale_shape = ()
     tensors = {
@@ -204,7 +240,7 @@ def _layer(config: Config, shape: tuple[int, ...], is_head: bool) -> dict[str, S
     }
     if mode == "fp8" or (mode == "int8-smoothquant" and not config.per_token and not is_head):
         tensors["input_scale"] = Spec(FLOATS, ())
-    if mode in ("int4-weight-only", "int8-smoothquant") and not is_head:
+    if ((mode == "int4-weight-only" and config.pre_quant_scale) or mode == "int8-smoothquant") and not is_head:
         tensors["pre_quant_scale"] = Spec(FLOATS, (size_in,))
     return tensors
 

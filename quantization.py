@@ -1,6 +1,7 @@
-"""A HuggingFace GPT-2 → a quantized checkpoint, configured, calibrated and exported by NVIDIA ModelOpt.
+"""A HuggingFace GPT-2 → a quantized checkpoint, by NVIDIA ModelOpt's methods or ours, exported by ModelOpt.
 
     python quantization.py --model-type gpt2 --quant-mode int4-weight-only --output gpt2-int4
+    python quantization.py --model-type gpt2 --method gptq --bits 4 --group-size 64 --output gpt2-gptq
 
 The folder is in ModelOpt's unified HuggingFace layout, which TensorRT-LLM, vLLM and SGLang read: config.json with a
 quantization_config, hf_quant_config.json, packed weights and their scales in model.safetensors, and the tokenizer. It
@@ -9,7 +10,8 @@ is written by ModelOpt's own exporter. The same weights, settings and text give 
 torch, transformers and ModelOpt (requirements-quant.txt) are imported only while a checkpoint is being quantized. What
 `cached_checkpoint` finds in its cache costs none of them.
 
-The way of the data: calibration text → samples → `quantize_model` (ModelOpt observes and chooses scales) → `export`.
+The way of the data: calibration text → samples → `quantize_model` (ModelOpt observes and chooses scales, or gptq.py
+chooses integers and scales, and ModelOpt's quantizers get those) → `export`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -30,21 +33,27 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import command_line
+import compression
 from command_line import EMBEDDED_CHECKPOINT
 from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
+
+if TYPE_CHECKING:
+    import gptq
 
 ROOT = Path(__file__).resolve().parent
 CALIBRATION_TEXT = EMBEDDED_CHECKPOINT / "calibration.txt"
 REQUIREMENTS = ROOT / "requirements-quant.txt"
 
 MODES = ("int8-weight-only", "int4-weight-only", "fp8", "int8-smoothquant")
+METHODS = ("modelopt", "rtn", "gptq")
+MODE_OF_BITS = {8: "int8-weight-only", 4: "int4-weight-only", 3: "int4-weight-only"}  # 3 bits in int4's container
 KV_CACHE_DTYPES = ("float16", "int8", "fp8")
-BLOCK = 128  # input features that share a scale in int4
+BLOCK = 128  # input features that share a scale in ModelOpt's int4
 CALIB_SIZE = 32  # samples
 CALIB_LENGTH = 256  # tokens of each, or the whole context where that is shorter
 CALIB_BATCH_TOKENS = 2048  # that go through the model together: speed against memory
@@ -74,10 +83,25 @@ class QuantizationConfig:
               The language-model head is included.
             - ``int8-smoothquant``: weights and inputs in int8, one scale a tensor, after SmoothQuant's scaling of the
               inputs (Xiao et al. 2022, arXiv:2211.10438).
+
+            With the methods ``rtn`` and ``gptq`` it follows from ``bits``, and may be left out.
+        method: How the weights of the linear layers are rounded: one of `METHODS`.
+
+            - ``modelopt``: as the mode says, by NVIDIA ModelOpt.
+            - ``rtn``: to the nearest integer.
+            - ``gptq``: by GPTQ (Frantar et al. 2023, arXiv:2210.17323); gptq.py says how.
+        bits: Of rtn and gptq: 8, 4 or 3. Three bits are stored in four. None: those of the mode.
+        group_size: Of rtn and gptq in 4 or 3 bits: input features that share a scale. It has to divide the widths of
+            all layers. None: an output feature has one.
+        clipping: Of rtn and gptq: scales are searched for the least error of the weights; else they span the largest.
+        act_order: Of gptq: columns by decreasing diagonal of the Hessian; else from left to right.
+        damping: Of gptq: what is added to the Hessian's diagonal, relative to the diagonal's mean.
         kv_cache_dtype: One of `KV_CACHE_DTYPES`; "float16" leaves the cache in the model's own type. One scale for the
             keys and one for the values of each layer.
         quant_lm_head: Also quantize the weight of the language-model head and, where it is tied, the embedding.
             Weight-only, without AWQ and SmoothQuant, whose scaling of columns an embedding would have to undo.
+        quant_embeddings: In int8-weight-only, also quantize the token and the position embedding, one scale a row, and
+            the head. Only biases and LayerNorms are left in float32: *full int8*.
         per_channel: In int8-smoothquant, one weight scale an output feature.
         per_token: In int8-smoothquant, one input scale a token, computed as it comes.
         calib_data: A UTF-8 text file, or the name of a data set at the HuggingFace hub. None: the embedded
@@ -92,13 +116,21 @@ class QuantizationConfig:
     mode: str | None = None
     kv_cache_dtype: str = "float16"
     quant_lm_head: bool = False
+    quant_embeddings: bool = False
     per_channel: bool = False
     per_token: bool = False
     calib_data: str | None = None
     calib_size: int = CALIB_SIZE
     calib_length: int | None = None
+    method: str = "modelopt"
+    bits: int | None = None
+    group_size: int | None = None
+    clipping: bool = True
+    act_order: bool = True
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
+        self._settle_method()
         if self.mode is not None and self.mode not in MODES:
             raise QuantizationError(f"expected a quantization mode of {', '.join(MODES)} but got {self.mode!r}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -108,6 +140,12 @@ class QuantizationConfig:
             raise QuantizationError("expected a quantization mode or a KV cache dtype other than float16 but got none")
         if self.quant_lm_head and self.mode is None:
             raise QuantizationError("expected a quantization mode with --quant-lm-head but got none")
+        if self.quant_embeddings and self.mode != "int8-weight-only":
+            raise QuantizationError(
+                f"expected --quant-embeddings with int8-weight-only only but got it with {self.mode}"
+            )
+        if self.quant_embeddings and not self.quant_lm_head:
+            raise QuantizationError("expected quant_embeddings with quant_lm_head only")
         for name in ("per_channel", "per_token"):
             if getattr(self, name) and self.mode != "int8-smoothquant":
                 option = f"--{name.replace('_', '-')}"
@@ -117,10 +155,62 @@ class QuantizationConfig:
             if value is not None and value < 1:
                 raise QuantizationError(f"expected --{name.replace('_', '-')} to be at least 1 but got {value}")
 
+    def _settle_method(self) -> None:
+        """Checks the settings of rtn and gptq, and derives the mode from the bits or the bits from the mode."""
+        if self.method not in METHODS:
+            raise QuantizationError(f"expected --method to be {', '.join(METHODS)} but got {self.method!r}")
+        if self.method == "modelopt":
+            for name in ("bits", "group_size"):
+                if getattr(self, name) is not None:
+                    option = f"--{name.replace('_', '-')}"
+                    raise QuantizationError(f"expected {option} with --method rtn or gptq only but got it without")
+            if not self.clipping:
+                raise QuantizationError("expected --no-clipping with --method rtn or gptq only but got it without")
+        elif self.bits is None:
+            bits = {mode: bits for bits, mode in reversed(MODE_OF_BITS.items())}
+            if self.mode not in bits:
+                shown = "neither" if self.mode is None else self.mode
+                raise QuantizationError(
+                    f"expected --bits, or a mode of {', '.join(bits)}, with --method {self.method} but got {shown}"
+                )
+            object.__setattr__(self, "bits", 4 if self.mode == MODE_OF_BITS[4] else 8)
+        elif self.bits not in MODE_OF_BITS:
+            raise QuantizationError(f"expected --bits to be {', '.join(map(str, MODE_OF_BITS))} but got {self.bits}")
+        elif self.mode not in (None, MODE_OF_BITS[self.bits]):
+            raise QuantizationError(
+                f"expected {MODE_OF_BITS[self.bits]} with {self.bits} bits by {self.method} but got {self.mode}"
+            )
+        else:
+            object.__setattr__(self, "mode", MODE_OF_BITS[self.bits])
+        if self.method != "gptq" and not self.act_order:
+            raise QuantizationError(f"expected --no-act-order with --method gptq only but got it with {self.method}")
+        if self.method != "gptq" and self.damping != 0.01:
+            raise QuantizationError(f"expected --damping with --method gptq only but got it with {self.method}")
+        if not 0 < self.damping < math.inf:
+            raise QuantizationError(f"expected --damping to be a positive number but got {self.damping}")
+        if self.group_size is not None and self.group_size < 1:
+            raise QuantizationError(f"expected --group-size to be at least 1 but got {self.group_size}")
+        if self.group_size is not None and self.bits == 8:
+            raise QuantizationError("expected --group-size with 4 or 3 bits: int8 has one scale an output feature")
+
     @property
     def needs_calibration(self) -> bool:
         """Whether anything depends on activations; the scales of int8 weights follow from the weights alone."""
-        return self.mode not in (None, "int8-weight-only") or self.kv_cache_dtype != "float16"
+        if self.method == "modelopt":
+            depends = self.mode not in (None, "int8-weight-only")
+        else:
+            depends = self.method == "gptq"
+        return depends or self.kv_cache_dtype != "float16"
+
+    def block(self, n_embd: int, n_inner: int) -> int:
+        """Input features that share a stored scale in int4, for a model of these widths.
+
+        Where an output feature has one scale, it is repeated: layers of all widths have the same block, as the layout
+        wants it, so it is the largest that divides them all.
+        """
+        if self.method == "modelopt":
+            return BLOCK
+        return self.group_size or math.gcd(n_embd, n_inner)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +267,7 @@ def _download_text(name: str, documents: int) -> str:
             f"there is no file {name!r}, and the data set of that name needs: pip install datasets"
         ) from None
     try:
-        with _quiet():
+        with quiet():
             split = datasets.load_dataset(repository, configuration, split="train", streaming=True)
             rows = list(split.take(documents))
     except Exception as error:  # no network, no such data set, or whatever its loader raises
@@ -199,14 +289,17 @@ def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> n
         QuantizationError: there is no text, or it is too short for one sample.
         CheckpointError: the checkpoint's tokenizer cannot be used.
     """
-    from tokenizer import load_tokenizer
+    from tokenizer import UnknownCharacterError, load_tokenizer
 
     context = checkpoint.config.n_positions
     length = min(CALIB_LENGTH, context) if config.calib_length is None else config.calib_length
     if length > context:
         raise QuantizationError(f"expected --calib-length to be at most the context of {context} but got {length}")
     text, source = calibration_text(config)
-    ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    try:
+        ids = np.array(load_tokenizer(checkpoint.path, checkpoint.config.vocab_size).encode(text), dtype=np.int64)
+    except UnknownCharacterError as error:
+        raise QuantizationError(f"cannot calibrate on {source}: {error}; name a text with --calib-data") from None
     if len(ids) < length:
         raise QuantizationError(
             f"expected at least {length} tokens to calibrate on (one sample) but {source} has {len(ids)}"
@@ -223,7 +316,6 @@ def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> n
 _INT8 = {"num_bits": 8, "axis": None}  # one scale a tensor
 _INT8_ROWS = {"num_bits": 8, "axis": 0}  # one a row: an output feature of a linear layer, a token of an embedding
 _INT8_TOKENS = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}  # one a token, computed as it comes
-_INT4_BLOCKS = {"num_bits": 4, "block_sizes": {-1: BLOCK, "type": "static"}}
 _FP8 = {"num_bits": (4, 3), "axis": None}
 
 _PRESETS = {
@@ -232,15 +324,23 @@ _PRESETS = {
     "fp8": "FP8_DEFAULT_CFG",
     "int8-smoothquant": "INT8_SMOOTHQUANT_CFG",
 }
-_HEAD_WEIGHT = {
-    "int8-weight-only": _INT8_ROWS,
-    "int4-weight-only": _INT4_BLOCKS,
-    "fp8": _FP8,
-    "int8-smoothquant": _INT8_ROWS,
-}
 
 
-def modelopt_config(config: QuantizationConfig) -> dict[str, Any]:
+def _head_weight(mode: str, block: int) -> dict[str, Any]:
+    """ModelOpt's description of how the head's weight is quantized in each mode."""
+    return {
+        "int8-weight-only": _INT8_ROWS,
+        "int4-weight-only": _int4_blocks(block),
+        "fp8": _FP8,
+        "int8-smoothquant": _INT8_ROWS,
+    }[mode]
+
+
+def _int4_blocks(block: int) -> dict[str, Any]:
+    return {"num_bits": 4, "block_sizes": {-1: block, "type": "static"}}
+
+
+def modelopt_config(config: QuantizationConfig, block: int = BLOCK) -> dict[str, Any]:
     """What `modelopt.torch.quantization.quantize` is given: ModelOpt's preset of the mode and our changes to it."""
     import modelopt.torch.quantization as mtq
 
@@ -253,6 +353,9 @@ def modelopt_config(config: QuantizationConfig) -> dict[str, Any]:
         # ModelOpt 0.47's W8A8 presets also quantize what enters a LayerNorm. No engine does, and the export drops it.
         {"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False},
     ]
+    if config.mode == "int4-weight-only" and config.method != "modelopt":
+        preset["algorithm"] = "max"  # not AWQ: the weights are on their grids already
+        entries.append({"quantizer_name": "*.h.*weight_quantizer", "cfg": _int4_blocks(block)})
     if config.mode == "fp8":
         entries += [{"quantizer_name": f"*lm_head.{which}_quantizer", "cfg": _FP8} for which in ("weight", "input")]
     if config.mode == "int8-smoothquant":
@@ -271,7 +374,7 @@ def load_torch_model(folder: Path) -> Any:
     import transformers
 
     # Attention in plain operations: what is observed then does not depend on which fused kernel a processor has.
-    with _quiet(), _no_progress_bars():
+    with quiet(), _no_progress_bars():
         model = transformers.GPT2LMHeadModel.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
@@ -296,19 +399,64 @@ def quantize_model(model: Any, config: QuantizationConfig, samples: np.ndarray |
     import modelopt.torch.quantization as mtq
     import torch
 
+    block = _block(model, config)
     if config.quant_lm_head and model.config.tie_word_embeddings:
         # Of the same values still, but each with its own quantizer.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             observe = _forward_loop(config, samples) if config.needs_calibration and samples is not None else None
-            mtq.quantize(model, modelopt_config(config), observe)
+            layers = [] if config.method == "modelopt" else _round_layers(model, config, samples)
+            mtq.quantize(model, modelopt_config(config, block), observe)
+            for layer in layers:
+                _set_scales(model.transformer.get_submodule(layer.name), layer.scales, block)
             if config.per_token:
                 _make_inputs_dynamic(model)
             if config.quant_lm_head and config.mode is not None:
-                _quantize_head(model, config.mode)
+                _quantize_head(model, config, block)
     except AssertionError as error:  # ModelOpt's way to refuse infinities and NaNs
         raise QuantizationError(f"ModelOpt cannot calibrate this checkpoint: {error}") from error
+
+
+def _block(model: Any, config: QuantizationConfig) -> int:
+    return config.block(model.config.n_embd, model.config.n_inner or 4 * model.config.n_embd)
+
+
+def _grid(config: QuantizationConfig) -> gptq.Grid:
+    import gptq
+
+    assert config.bits is not None
+    return gptq.Grid(config.bits, config.group_size, config.clipping)
+
+
+def _round_layers(model: Any, config: QuantizationConfig, samples: np.ndarray | None) -> list[gptq.QuantizedLayer]:
+    """Rounds the weights of the linear layers in place, by rtn or gptq."""
+    import torch
+
+    import gptq
+
+    batches = None
+    if config.method == "gptq":
+        assert samples is not None
+        count = max(1, CALIB_BATCH_TOKENS // samples.shape[1])
+        batches = [torch.from_numpy(samples[begin : begin + count]) for begin in range(0, len(samples), count)]
+    try:
+        return gptq.quantize_layers(
+            model, _grid(config), batches, act_order=config.act_order, damping=config.damping
+        )
+    except gptq.GPTQError as error:
+        raise QuantizationError(str(error)) from None
+
+
+def _set_scales(module: Any, scales: Any, block: int) -> None:
+    """Gives ModelOpt's quantizer of a weight that is on its grid the grid's scales, (out, groups).
+
+    Its scale is `amax` over the largest integer of its type: 127 in int8, 7 in int4, of three bits too.
+    """
+    quantizer = module.weight_quantizer
+    if quantizer.num_bits == 4:
+        scales = scales.repeat_interleave(module.weight.shape[1] // block // scales.shape[1], dim=1)
+    quantizer.amax = (scales * quantizer.maxbound).reshape(quantizer.amax.shape)
 
 
 def _forward_loop(config: QuantizationConfig, samples: np.ndarray) -> Callable[[Any], None]:
@@ -343,21 +491,33 @@ def _make_inputs_dynamic(model: Any) -> None:
             mtq.set_quantizer_by_cfg(model, [{"quantizer_name": name, "cfg": _INT8_TOKENS}])
 
 
-def _quantize_head(model: Any, mode: str) -> None:
-    """Quantizes the head's weight and, where it is tied, the embedding's in the same way."""
+def _quantize_head(model: Any, config: QuantizationConfig, block: int) -> None:
+    """Quantizes the head's weight and, in the same way, those of the embeddings: of the tied one, or of both.
+
+    By rounding to nearest also in gptq: an embedding gives single rows, which nothing can make up for.
+    """
     import modelopt.torch.quantization as mtq
 
+    assert config.mode is not None
     modules = {"lm_head": model.lm_head}
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings or config.quant_embeddings:
         modules["transformer.wte"] = model.transformer.wte
+    if config.quant_embeddings:
+        modules["transformer.wpe"] = model.transformer.wpe
     for name, module in modules.items():
-        entry = {"quantizer_name": f"{name}.weight_quantizer", "cfg": _HEAD_WEIGHT[mode]}
+        entry = {"quantizer_name": f"{name}.weight_quantizer", "cfg": _head_weight(config.mode, block)}
         mtq.set_quantizer_by_cfg(model, [entry])
         mtq.calibrate(module, "max")
+        if config.method != "modelopt":
+            import gptq
+
+            layer = gptq.quantize(module.weight, None, _grid(config), name=name)
+            module.weight.copy_(layer.weight)
+            _set_scales(module, layer.scales, block)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps what ModelOpt and transformers print, warn and log off the terminal: our own progress bar says enough."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -385,26 +545,47 @@ def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
     from modelopt.torch.export import export_hf_checkpoint
 
     extra: dict[str, Any] = {}
-    with _quiet(), _no_progress_bars(), torch.no_grad():
+    with quiet(), _no_progress_bars(), torch.no_grad():
         if config.quant_lm_head and config.mode == "int4-weight-only" and model.config.vocab_size % 2:
             for module in (model.lm_head, model.transformer.wte):
                 if module.weight_quantizer.is_enabled:
-                    _add_row(module)
+                    _add_row(module, _block(model, config))
         if config.kv_cache_dtype == "int8":
             extra = _take_cache_scales(model)
         # float32, so that the stored integers are those that the calibrated model computes with.
         export_hf_checkpoint(model, dtype=torch.float32, export_dir=folder, extra_state_dict=extra)
         if extra:
             _declare_int8_cache(model, folder)
+        if config.method != "modelopt":
+            _declare_method(folder, config)
 
 
-def _add_row(module: Any) -> None:
+def _declare_method(folder: Path, config: QuantizationConfig) -> None:
+    """Says in hf_quant_config.json how the integers were found, and that int4 has no pre_quant_scale.
+
+    ModelOpt has one name for int4 in blocks, W4A16_AWQ, and its exporter calls every folder of it pre-scaled.
+    """
+    path = folder / "hf_quant_config.json"
+    description = json.loads(path.read_text())
+    quantization = description["quantization"]
+    for settings in (quantization, *quantization.get("quantized_layers", {}).values()):
+        if settings.get("quant_algo") == "W4A16_AWQ":
+            settings["pre_quant_scale"] = False
+    how: dict[str, Any] = {"method": config.method, "bits": config.bits, "group_size": config.group_size}
+    how["clipping"] = config.clipping
+    if config.method == "gptq":
+        how |= {"act_order": config.act_order, "damping": config.damping}
+    description["rounding"] = how
+    path.write_text(json.dumps(description, indent=4))
+
+
+def _add_row(module: Any, block: int) -> None:
     """Appends a row of zeros to a weight in int4 blocks, with a scale of 1 for each of its blocks."""
     import torch
     from torch.nn import functional as F
 
     quantizer = module.weight_quantizer
-    blocks = module.weight.shape[1] // BLOCK
+    blocks = module.weight.shape[1] // block
     module.weight = torch.nn.Parameter(F.pad(module.weight, (0, 0, 0, 1)))
     quantizer._amax = F.pad(quantizer._amax, (0, 0, 0, blocks), value=quantizer.maxbound)
     quantizer._amax_shape_for_export = (module.weight.shape[0], -1)
@@ -500,16 +681,20 @@ def _check_source(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
     if checkpoint.config.quant_mode is not None or checkpoint.config.kv_cache_dtype is not None:
         raise QuantizationError(f"expected a checkpoint that is not quantized yet but {checkpoint.path} is")
     if config.mode == "int4-weight-only":
-        for name, width in (("n_embd", checkpoint.config.n_embd), ("n_inner", checkpoint.config.n_inner)):
-            if width % BLOCK:
+        widths = checkpoint.config.n_embd, checkpoint.config.n_inner
+        block = config.block(*widths)
+        for name, layer, width in zip(("n_embd", "n_inner"), ("h.0.attn.c_attn", "h.0.mlp.c_proj"), widths, strict=True):
+            if width % block and config.method == "modelopt":
+                raise QuantizationError(f"expected {name} to be a multiple of the int4 block of {block} but got {width}")
+            if width % block:
                 raise QuantizationError(
-                    f"expected {name} to be a multiple of the int4 block of {BLOCK} but got {width}"
+                    f"expected --group-size to divide the {width} input features of {layer} but got {block}"
                 )
 
 
 def _require_modelopt() -> None:
     try:
-        with _quiet():  # ModelOpt warns of every transformers that is newer than itself
+        with quiet():  # ModelOpt warns of every transformers that is newer than itself
             for name in ("torch", "transformers", "tqdm", "modelopt.torch.quantization"):
                 importlib.import_module(name)
     except ImportError as error:
@@ -569,7 +754,8 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
 
     add(checkpoint.fingerprint().encode())
     add(_read_bytes(REQUIREMENTS))  # ModelOpt's version, without importing it
-    add(_read_bytes(Path(__file__)))
+    for source in (Path(__file__), *([ROOT / "gptq.py"] if config.method != "modelopt" else [])):
+        add(_read_bytes(source))
     for file in TOKENIZER_FILES:
         if (checkpoint.path / file).is_file():
             add(file.encode())
@@ -583,7 +769,7 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     else:
         config = replace(config, calib_data=None, calib_size=CALIB_SIZE, calib_length=None)
     add(repr(astuple(config)).encode())
-    kinds = [config.mode or "float", *([f"kv-{config.kv_cache_dtype}"] if config.kv_cache_dtype != "float16" else [])]
+    kinds = [config.mode or "float" if config.method == "modelopt" else f"{config.method}-int{config.bits}", *([f"kv-{config.kv_cache_dtype}"] if config.kv_cache_dtype != "float16" else [])]
     return f"{'-'.join(kinds)}-{digest.hexdigest()[:20]}"
 
 
@@ -603,9 +789,28 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     """The options that say how to quantize, for every program that takes them."""
     parser.add_argument("--quant-mode", metavar="MODE", help=f"quantize the weights: {', '.join(MODES)}")
     parser.add_argument(
+        "--method", metavar="NAME", default="modelopt", help=f"of rounding: {', '.join(METHODS)} (default %(default)s)"
+    )
+    parser.add_argument("--bits", metavar="N", type=int, help="rtn, gptq: 8, 4 or 3 (default: the mode's)")
+    parser.add_argument(
+        "--group-size", metavar="N", type=int, help="rtn, gptq: input features a scale (default: one an output feature)"
+    )
+    parser.add_argument(
+        "--no-clipping", dest="clipping", action="store_false", help="rtn, gptq: scales that span the largest weight"
+    )
+    parser.add_argument(
+        "--no-act-order", dest="act_order", action="store_false", help="gptq: round columns from left to right"
+    )
+    parser.add_argument(
+        "--damping", metavar="X", type=float, default=0.01, help="gptq: of the Hessian (default %(default)s)"
+    )
+    parser.add_argument(
         "--kv-cache-dtype", metavar="DTYPE", default="float16", help=f"{', '.join(KV_CACHE_DTYPES)} (default float16)"
     )
     parser.add_argument("--quant-lm-head", action="store_true", help="quantize the head and the tied embedding, too")
+    parser.add_argument(
+        "--quant-embeddings", action="store_true", help="int8-weight-only: quantize both embeddings and the head, too"
+    )
     parser.add_argument("--per-channel", action="store_true", help="int8-smoothquant: a scale an output feature")
     parser.add_argument("--per-token", action="store_true", help="int8-smoothquant: a scale an input token")
     parser.add_argument(
@@ -635,38 +840,56 @@ def config_from(options: argparse.Namespace) -> QuantizationConfig:
     return QuantizationConfig(
         mode=options.quant_mode,
         kv_cache_dtype=options.kv_cache_dtype,
-        quant_lm_head=options.quant_lm_head,
+        quant_lm_head=options.quant_lm_head or options.quant_embeddings,
+        quant_embeddings=options.quant_embeddings,
         per_channel=options.per_channel,
         per_token=options.per_token,
         calib_data=options.calib_data,
         calib_size=options.calib_size,
         calib_length=options.calib_length,
+        method=options.method,
+        bits=options.bits,
+        group_size=options.group_size,
+        clipping=options.clipping,
+        act_order=options.act_order,
+        damping=options.damping,
     )
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Carries out the command."""
-    parser = command_line.Parser("quantization.py", "Quantize a GPT-2 with NVIDIA ModelOpt.")
+    parser = command_line.Parser("quantization.py", "Quantize a GPT-2.")
     command_line.add_model_arguments(parser)
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--show-stats",
+        action="store_true",
+        help="print what each part of the written folder takes or, without --output, of the given checkpoint",
+    )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    config = config_from(options)
-    quantize_checkpoint(open_checkpoint(options.model_type, options.revision), config, options.output)
-    sizes = _megabytes(options.output.glob("*.safetensors"))
-    command_line.report(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB")
+    if options.output is None and (not options.show_stats or is_asked_for(options)):
+        raise command_line.UsageError("expected --output DIR, the folder to write, but got none")
+    checkpoint = open_checkpoint(options.model_type, options.revision)
+    if options.output is not None:
+        config = config_from(options)
+        quantize_checkpoint(checkpoint, config, options.output)
+        sizes = _megabytes(options.output.glob("*.safetensors"))
+        command_line.report(f"wrote {options.output}: {', '.join(_kinds(config))}, {sizes:.1f} MB")
+        checkpoint = open_checkpoint(options.output)
+    if options.show_stats:
+        print(compression.table(checkpoint))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    return command_line.main(
-        "quantization.py", lambda: run(arguments), QuantizationError, CheckpointError, prints=False
-    )
+    return command_line.main("quantization.py", lambda: run(arguments), QuantizationError, CheckpointError)
 
 
 def _kinds(config: QuantizationConfig) -> list[str]:
     cache = [] if config.kv_cache_dtype == "float16" else [f"KV cache in {config.kv_cache_dtype}"]
-    return [*([config.mode] if config.mode else []), *cache]
+    rounding = [] if config.method == "modelopt" else [f"{config.bits} bits by {config.method}"]
+    return [*([config.mode] if config.mode else []), *rounding, *cache]
 
 
 def _megabytes(paths: Iterable[Path]) -> float:

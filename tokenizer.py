@@ -1,4 +1,4 @@
-"""Text ↔ token ids, through tiktoken, equal to transformers' tokenizer of the same checkpoint.
+"""Text ↔ token ids, equal to transformers' tokenizer of the same checkpoint.
 
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
     ids = tokenizer.encode("Hello world")      # [15496, 995]
@@ -7,8 +7,9 @@
         print(stream.push(token), end="")      # never half a character
     print(stream.flush())
 
-A checkpoint's own tokenizer files come first; without any, a vocabulary of GPT-2's size is taken for GPT-2's, which is
-tiktoken's encoding "gpt2". What tiktoken cannot represent exactly is refused, by name, with `CheckpointError`.
+Two kinds are known: byte-level BPE, through tiktoken, and alphabets, where each character is a token. A checkpoint's
+own tokenizer files come first; without any, a vocabulary of GPT-2's size is taken for GPT-2's, which is tiktoken's
+encoding "gpt2". What cannot be represented exactly is refused, by name, with `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -36,8 +37,31 @@ _WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u300
 _LONG_WHITE_SPACE = re.compile(_WHITE_SPACE + "{50000,}")
 
 
-class Tokenizer:
+class UnknownCharacterError(CheckpointError, ValueError):
+    """A text has a character that the checkpoint's alphabet lacks; the message names it."""
+
+
+class Tokenizer(Protocol):
     """Text ↔ ids of one vocabulary.
+
+    Attributes:
+        eos_id: the id that ends a text, or None if the vocabulary has none.
+    """
+
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Special tokens written in it become their ids, as with transformers."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`; an id without a token (in a padded vocabulary) has none."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+
+
+class BytePairTokenizer:
+    """A `Tokenizer` that splits a text into words, and merges the bytes of each. Any text encodes.
 
     Attributes:
         encoding: the `tiktoken.Encoding` that does the work; its ranks are merge priorities, not yet vocabulary ids.
@@ -69,20 +93,16 @@ class Tokenizer:
         self.eos_id = eos_id
         self._ids = ids
         self._tokens = tokens
-        self._added = {token.content: token.id for token in added}
-        self._added_patterns = _added_patterns(added)
+        self._added = AddedTokens(added)
         self._add_prefix_space = add_prefix_space
         self._use_regex = use_regex
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens written in it become their ids, as with transformers.
-
-        A lone surrogate, which no UTF-8 text can hold, is taken as U+FFFD.
-        """
+        """The ids of `text`; a lone surrogate, which no UTF-8 text can hold, is taken as U+FFFD."""
         ids: list[int] = []
-        for piece in self._split(text):
-            if piece in self._added:
-                ids.append(self._added[piece])
+        for piece in self._added.split(text):
+            if piece in self._added.ids:
+                ids.append(self._added.ids[piece])
                 continue
             if self._add_prefix_space and not piece.startswith(" "):
                 piece = " " + piece
@@ -91,19 +111,58 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; an id without a token (in a padded vocabulary) has none."""
         return b"".join(self._tokens.get(id, b"") for id in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def _split(self, text: str) -> list[str]:
-        """`text` cut around the added tokens in it; pieces are never empty."""
-        pieces = [text]
-        for pattern in self._added_patterns:
-            pieces = [part for piece in pieces for part in ([piece] if piece in self._added else pattern.split(piece))]
-        return [piece for piece in pieces if piece]
+
+class CharacterTokenizer:
+    """A `Tokenizer` with one token for each character of an alphabet; text with any other does not encode."""
+
+    def __init__(
+        self, source: Path, alphabet: dict[str, int], added: Iterable[AddedToken] = (), eos_id: int | None = None
+    ) -> None:
+        """Put the parts together; `load_tokenizer` is what calls this.
+
+        Args:
+            source: the file that the alphabet comes from, for messages.
+            alphabet: id by character.
+            added: tokens that are found in the text before it is split into characters.
+            eos_id: the id that ends a text.
+        """
+        self.eos_id = eos_id
+        self._source = source
+        self._alphabet = alphabet
+        self._added = AddedTokens(added)
+        self._tokens = {id: token for token, id in [*alphabet.items(), *self._added.ids.items()]}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`.
+
+        Raises:
+            UnknownCharacterError: a character is not in the alphabet.
+        """
+        ids: list[int] = []
+        for piece in self._added.split(text):
+            if piece in self._added.ids:
+                ids.append(self._added.ids[piece])
+                continue
+            try:
+                ids.extend(map(self._alphabet.__getitem__, piece))
+            except KeyError as error:
+                character = error.args[0]
+                raise UnknownCharacterError(
+                    f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self._alphabet)} "
+                    f"of {self._source}"
+                ) from None
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.decode(ids).encode("utf-8", "replace")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self._tokens.get(id, "") for id in ids)
 
 
 class StreamDecoder:
@@ -137,10 +196,12 @@ def load_tokenizer(checkpoint_path: Path, vocab_size: int) -> Tokenizer:
             for them; a vocabulary beyond it is refused.
 
     Raises:
-        CheckpointError: the files are absent, damaged, or of a tokenizer other than byte-level BPE.
+        CheckpointError: the files are absent, damaged, or of a tokenizer that is neither byte-level BPE nor an
+            alphabet.
     """
     if (checkpoint_path / "tokenizer.json").is_file():
-        return _build(_read_tokenizer_json(checkpoint_path), vocab_size)
+        description = _read_tokenizer_json(checkpoint_path)
+        return (_build if description.merges is not None else _build_alphabet)(description, vocab_size)
     if (checkpoint_path / "vocab.json").is_file() and (checkpoint_path / "merges.txt").is_file():
         return _build(_read_vocab_and_merges(checkpoint_path), vocab_size)
     # nanoGPT pads GPT-2's vocabulary to 50304, a multiple of 64.
@@ -165,7 +226,7 @@ def _gpt2(checkpoint_path: Path) -> Tokenizer:
         ) from error
     tokens = {id: encoding.decode_single_token_bytes(id) for id in range(encoding.n_vocab)}
     added = [AddedToken(END_OF_TEXT, encoding.eot_token)]
-    return Tokenizer(encoding, list(range(encoding.n_vocab)), tokens, added, eos_id=encoding.eot_token)
+    return BytePairTokenizer(encoding, list(range(encoding.n_vocab)), tokens, added, eos_id=encoding.eot_token)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,13 +243,37 @@ class AddedToken:
     normalized: bool = False
 
 
+class AddedTokens:
+    """The added tokens of a vocabulary.
+
+    Attributes:
+        ids: id by content.
+    """
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        tokens = list(tokens)
+        self.ids = {token.content: token.id for token in tokens}
+        self._patterns = []
+        for normalized in (False, True):
+            contents = sorted((t.content for t in tokens if t.normalized is normalized), key=len, reverse=True)
+            if contents:
+                self._patterns.append(re.compile("(" + "|".join(map(re.escape, contents)) + ")"))
+
+    def split(self, text: str) -> list[str]:
+        """`text` cut around the tokens in it: at the leftmost, and there the longest; pieces are never empty."""
+        pieces = [text]
+        for pattern in self._patterns:
+            pieces = [part for piece in pieces for part in ([piece] if piece in self.ids else pattern.split(piece))]
+        return [piece for piece in pieces if piece]
+
+
 @dataclass
 class _Description:
-    """A byte-level BPE tokenizer as its files describe it."""
+    """A tokenizer as its files describe it."""
 
     source: Path
-    vocabulary: dict[str, int]  # in the byte alphabet
-    merges: list[tuple[str, str]]  # by priority
+    vocabulary: dict[str, int]  # in the byte alphabet; of an alphabet: its characters
+    merges: list[tuple[str, str]] | None  # by priority; None: an alphabet
     added: list[AddedToken] = field(default_factory=list)
     use_regex: bool = True
     add_prefix_space: bool = False
@@ -212,9 +297,17 @@ def _read_tokenizer_json(folder: Path) -> _Description:
             raise CheckpointError(f"{source}: {name}={found!r:.60} is not supported, only {accepted[0]!r}")
 
     model, pre_tokenizer = part("model"), part("pre_tokenizer")
-    require("model.type", model.get("type", "BPE"), "BPE")
-    require("pre_tokenizer.type", pre_tokenizer.get("type"), "ByteLevel")
-    require("decoder.type", part("decoder").get("type"), "ByteLevel")
+    is_alphabet = model.get("type") == "WordLevel"
+    if is_alphabet:
+        # Each character a token, which the pattern cuts out, and the decoder joins without spaces between.
+        require("pre_tokenizer", pre_tokenizer, EACH_CHARACTER)
+        require("decoder.type", part("decoder").get("type"), "Fuse")
+        if model.get("unk_token") in (model.get("vocab") or {}):
+            raise CheckpointError(f"{source}: an alphabet with a token for what is not in it is not supported")
+    else:
+        require("model.type", model.get("type", "BPE"), "BPE")
+        require("pre_tokenizer.type", pre_tokenizer.get("type"), "ByteLevel")
+        require("decoder.type", part("decoder").get("type"), "ByteLevel")
     normalizer = raw.get("normalizer")
     require("normalizer", normalizer.get("type") if isinstance(normalizer, dict) else normalizer, None)
     if not _adds_nothing(raw.get("post_processor")):
@@ -227,7 +320,7 @@ def _read_tokenizer_json(folder: Path) -> _Description:
     description = _Description(
         source,
         _vocabulary(source, model.get("vocab")),
-        _merges(source, model.get("merges")),
+        None if is_alphabet else _merges(source, model.get("merges")),
         use_regex=pre_tokenizer.get("use_regex", True) is not False,
         add_prefix_space=pre_tokenizer.get("add_prefix_space", True) is not False,
         ignore_merges=model.get("ignore_merges", False) is True,
@@ -239,6 +332,10 @@ def _read_tokenizer_json(folder: Path) -> _Description:
         _add(description, token, token.get("id") if isinstance(token, dict) else None)
     _read_special_tokens(description, folder)
     return description
+
+
+#: The pre-tokenizer of an alphabet, as `tokenizers` writes it.
+EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
 def _adds_nothing(processor: object) -> bool:
@@ -390,8 +487,27 @@ def _token_bytes(token: str) -> bytes:
         return token.encode("utf-8", "replace")
 
 
+def _check_vocabulary(description: _Description, vocab_size: int) -> None:
+    largest = max(description.vocabulary.values(), default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{description.source} has ids up to {largest}, but the model's vocabulary has {vocab_size}"
+        )
+
+
+def _build_alphabet(description: _Description, vocab_size: int) -> Tokenizer:
+    """The tokenizer of an alphabet: its tokens, but for the added ones, are single characters."""
+    _check_vocabulary(description, vocab_size)
+    added = [token for token in description.added if token.id < vocab_size]
+    special = {token.content: token.id for token in added}
+    alphabet = {token: id for token, id in description.vocabulary.items() if token not in special}
+    if longer := [token for token in alphabet if len(token) != 1]:
+        raise CheckpointError(f"{description.source}: expected each token to be one character, got {longer[0]!r:.60}")
+    return CharacterTokenizer(description.source, alphabet, added, special.get(description.eos_token or ""))
+
+
 def _build(description: _Description, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a description, after proving that tiktoken encodes as the description says.
+    """The byte-level BPE of a description, after proving that tiktoken encodes as the description says.
 
     tiktoken merges, of all adjacent pairs whose concatenation is a token, the one of the lowest rank first; HuggingFace
     merges only the listed pairs, in the order of the list. Both come to the same for tokens that are reached through
@@ -401,10 +517,8 @@ def _build(description: _Description, vocab_size: int) -> Tokenizer:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    source, vocabulary = description.source, description.vocabulary
-    largest = max(vocabulary.values(), default=0)
-    if largest >= vocab_size:
-        raise CheckpointError(f"{source} has ids up to {largest}, but the model's vocabulary has {vocab_size}")
+    _check_vocabulary(description, vocab_size)
+    source, vocabulary, merges = description.source, description.vocabulary, description.merges or []
     letters = {chr(code): byte for code, byte in _ALPHABET.items()}
     absent = [byte for letter, byte in letters.items() if letter not in vocabulary]
     if absent:
@@ -412,7 +526,7 @@ def _build(description: _Description, vocab_size: int) -> Tokenizer:
 
     numbers = dict(letters)  # token → number: its byte, or 256 + its place in the list of merges
     pairs = []
-    for place, (left, right) in enumerate(description.merges):
+    for place, (left, right) in enumerate(merges):
         token = left + right
         if left not in numbers or right not in numbers or token in numbers:
             fault = "makes a token for the second time" if token in numbers else "comes before what makes its parts"
@@ -442,7 +556,7 @@ def _build(description: _Description, vocab_size: int) -> Tokenizer:
     pattern = r50k_pat_str if description.use_regex else r"(?s:.+)"
     encoding = tiktoken.Encoding(str(source), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     eos = {token.content: token.id for token in added}.get(description.eos_token or "")
-    return Tokenizer(encoding, ids, tokens, added, description.add_prefix_space, description.use_regex, eos)
+    return BytePairTokenizer(encoding, ids, tokens, added, description.add_prefix_space, description.use_regex, eos)
 
 
 def _reached(pairs: np.ndarray) -> np.ndarray:
@@ -496,16 +610,6 @@ def _reached(pairs: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Splitting the text
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _added_patterns(added: Iterable[AddedToken]) -> list[re.Pattern[str]]:
-    """How to cut a text around added tokens: at the leftmost, and there the longest; the normalized ones last."""
-    patterns = []
-    for normalized in (False, True):
-        contents = sorted((t.content for t in added if t.normalized is normalized), key=len, reverse=True)
-        if contents:
-            patterns.append(re.compile("(" + "|".join(map(re.escape, contents)) + ")"))
-    return patterns
 
 
 def _short_of_stack_overflow(text: str) -> Iterator[str]:

@@ -1,24 +1,23 @@
-"""Train a GPT-2 from nothing and write it as a HuggingFace folder.
+"""Train a GPT-2 and write it as a HuggingFace folder.
 
-    python data/shakespeare_bpe/prepare.py
-    python train.py config/shakespeare_bpe.py [--key=value ...]
+    python data/shakespeare_char/prepare.py
+    python train.py config/shakespeare_char_cpu.py [--key=value ...]
+    torchrun --nproc-per-node=2 train.py config/shakespeare_char.py
 
 The keys are the fields of TrainConfig; a config file assigns some of them, and --key=value wins over the file. The
 model is transformers' GPT2LMHeadModel: what is trained here is exactly what every HuggingFace program loads. Two runs
-with the same config, seed, number of threads and machine give the same weights.
+with the same config, seed, number of threads and machine give the same weights, and so does a run that is killed and
+resumed (--init_from=resume).
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import json
+import hashlib
+import importlib
 import math
 import os
-import random
-import runpy
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -30,300 +29,175 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
+import command_line
+import compression
+import quantization
+from batches import Batches, Dataset, load_dataset
+from command_line import UsageError
+from modelopt_layout import DESCRIPTION_FILE
+from quantization import QuantizationError
+from train_config import TrainConfig, parse_config
+from training_log import Evaluation, TrainingLog, say
+from training_state import STATE_FILE, load_state, save_model, save_state
+from weight_loader import CheckpointError, open_checkpoint
+
 ROOT = Path(__file__).resolve().parent
+
+# ---- where to train --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of a run, with its default."""
+class Processes:
+    """This process among those that torchrun started; there is one without torchrun."""
 
-    # Where from, where to
-    dataset: str = "shakespeare_bpe"  # a folder under data/ that its prepare.py has filled, or any folder's full path
-    out_dir: str = "out"  # the HuggingFace folder
-    # Model
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
-    block_size: int = 512  # context, in tokens
-    dropout: float = 0.1  # of the embeddings and the residual branches
-    # Data
-    batch_size: int = 8  # windows of block_size tokens in a step
-    short_block_size: int = 0  # the run begins with as many tokens a step in windows of this length; 0: it does not
-    short_share: float = 0.0  # of the steps
-    bpe_dropout: float = 0.0  # the probability of skipping a merge, in the windows that are re-tokenized
-    # AdamW
-    max_iters: int = 3000
-    learning_rate: float = 1e-3
-    min_lr: float = 1e-4  # where the cosine ends, at max_iters
-    warmup_iters: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.1  # of the matrices; biases and LayerNorms are not decayed
-    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 turns it off
-    ema_decay: float = 0.995  # the saved weights are this moving average's; 0 saves the last step's
-    # Evaluation
-    eval_interval: int = 250  # steps
-    # System
-    seed: int = 1337
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16: the type of the matrix products; weights are float32
-    compile: bool = False  # torch.compile: pays on a GPU; on two CPU cores it was slower than eager
-    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    rank: int
+    local_rank: int  # on this machine
+    count: int
+
+    def mean(self, value: float) -> float:
+        """The mean of a number that each process has one of."""
+        if self.count == 1:
+            return value
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return sum(values) / self.count
 
 
-class UserError(Exception):
-    """Something that the user can put right; shown as one line, without a traceback."""
+def find_processes() -> Processes:
+    """Read what torchrun tells its processes."""
+    rank, local_rank, count = (
+        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    return Processes(rank, local_rank, count)
 
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
-
-
-def parse_config(argv: list[str]) -> TrainConfig:
-    """Merge the defaults, then the config files, then the --key=value pairs of `argv`, whatever their order in it.
-
-    >>> parse_config(["--n_layer=2", "--learning_rate=1e-4"]).n_layer
-    2
-    """
-    from_files: dict[str, Any] = {}
-    from_flags: dict[str, Any] = {}
-    for argument in argv:
-        if not argument.startswith("--"):
-            from_files |= read_config_file(Path(argument))
-            continue
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            raise UserError(f"expected --key=value, not {argument!r}")
-        try:
-            from_flags[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            from_flags[key] = value  # a bare word, such as --device=cpu
-    return make_config(from_files | from_flags)
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Run a config file and return what it assigns; its imports and _private names are its own business."""
-    try:
-        assigned = runpy.run_path(str(path))
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-    except Exception as error:  # the file is the user's program: whatever it raises is about that file
-        raise UserError(f"the config file {path} fails: {type(error).__name__}: {error}") from None
-    return {k: v for k, v in assigned.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
-
-
-def make_config(overrides: dict[str, Any]) -> TrainConfig:
-    """Return the defaults with `overrides`, each checked for its name, its type and its range."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for key, value in overrides.items():
-        if key not in fields:
-            raise UserError(f"unknown key {key!r}; the keys are {', '.join(fields)}")
-        wanted = type(fields[key].default)
-        if wanted is float and type(value) is int:
-            overrides[key] = value = float(value)
-        if type(value) is not wanted:
-            raise UserError(f"{key} must be of type {wanted.__name__}, not {value!r}")
-    config = TrainConfig(**overrides)
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "eval_interval"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} must be at least 1, not {getattr(config, key)}")
-    for key in ("dropout", "bpe_dropout", "short_share", "beta1", "beta2", "ema_decay"):
-        if not 0 <= getattr(config, key) < 1:
-            raise UserError(f"{key} must be at least 0 and below 1, not {getattr(config, key)}")
-    if config.n_embd % config.n_head:
-        raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-    if config.short_share and not 1 <= config.short_block_size <= config.block_size:
-        raise UserError(f"short_block_size must be 1 to block_size={config.block_size}, not {config.short_block_size}")
-    return config
-
-
-def choose_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+def choose_device(config: TrainConfig, local_rank: int = 0) -> tuple[torch.device, torch.dtype]:
     """Return where to train and the type of the matrix products there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     dtype = config.dtype
     if dtype == "auto":
         half = device.type == "cuda"
         dtype = "float32" if not half else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+        raise UsageError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
     return device, getattr(torch, dtype)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What prepare.py wrote: token ids (uint16) of both parts, their tokenizer, and the sizes."""
-
-    train: np.ndarray  # (tokens,)
-    val: np.ndarray  # (tokens,)
-    tokenizer: Tokenizer
-    vocab_size: int
-    eos_token_id: int
-    val_chars: int
-
-
-def load_dataset(folder: Path, block_size: int) -> Dataset:
-    """Open a folder filled by prepare.py; each part must be longer than one window."""
+@contextlib.contextmanager
+def joined(processes: Processes, device: torch.device) -> Iterator[None]:
+    """The time in which the processes can speak with each other."""
+    if processes.count == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        parts = {name: np.fromfile(folder / f"{name}.bin", dtype="<u2") for name in ("train", "val")}
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        sizes = {key: int(meta[key]) for key in ("vocab_size", "eos_token_id", "val_chars")}
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; run prepare.py first") from None
-    except Exception as error:  # `tokenizers` raises nothing narrower
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}); run prepare.py again") from None
-    for name, ids in parts.items():
-        if len(ids) <= block_size:
-            raise UserError(
-                f"{folder / name}.bin is too short: {len(ids)} tokens, but block_size={block_size} needs at least "
-                f"{block_size + 1}; give a longer text or a smaller block_size"
-            )
-    return Dataset(
-        train=parts["train"],
-        val=parts["val"],
-        tokenizer=tokenizer,
-        vocab_size=sizes["vocab_size"],
-        eos_token_id=sizes["eos_token_id"],
-        val_chars=sizes["val_chars"],
-    )
-
-
-class SubwordRegularizer:
-    """BPE-dropout (Provilkov et al. 2020, arXiv:1910.13267): the same text, cut into other tokens each time.
-
-    The `tokenizers` library has it too, but draws from a generator that cannot be seeded. Here a handful of ways to cut
-    each distinct word is drawn once, and an epoch draws one of them for each occurrence of the word, which costs a few
-    NumPy gathers instead of a tokenization.
-    """
-
-    VARIANTS = 24  # ways to cut a word; at p = 0.1 most words have fewer that matter
-
-    def __init__(self, tokenizer: Tokenizer, text: str, p: float, seed: int) -> None:
-        model = json.loads(tokenizer.to_str())["model"]
-        vocab: dict[str, int] = model["vocab"]
-        self._merges = {
-            (vocab[left], vocab[right]): (rank, vocab[left + right])
-            for rank, (left, right) in enumerate(model["merges"])
-        }
-        self._p = p
-        self._random = random.Random(seed)
-        word_ids: dict[str, int] = {}
-        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        self._occurrences = np.array([word_ids.setdefault(word, len(word_ids)) for word in words])  # (words,)
-        cuts = [self._cut([vocab[c] for c in word]) for word in word_ids for _ in range(self.VARIANTS)]
-        self._pool = np.array([token for cut in cuts for token in cut], dtype=np.uint16)
-        self._lengths = np.array([len(cut) for cut in cuts])  # (distinct words * VARIANTS,)
-        self._starts = np.cumsum(self._lengths) - self._lengths  # of each cut, in the pool
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        """Merge as BPE does, except that each candidate sits out a round with probability p."""
-        while True:
-            best: tuple[int, int, int] | None = None  # (rank, position, merged id): the lowest rank, then the leftmost
-            for position in range(len(ids) - 1):
-                merge = self._merges.get((ids[position], ids[position + 1]))
-                if merge and (best is None or merge[0] < best[0]) and self._random.random() >= self._p:
-                    best = (merge[0], position, merge[1])
-            if best is None:
-                return ids
-            _, position, merged = best
-            ids[position : position + 2] = [merged]
-
-    def epoch(self, rng: np.random.Generator) -> np.ndarray:
-        """Return the whole text as token ids, uint16, each word cut in one of its ways."""
-        chosen = self._occurrences * self.VARIANTS + rng.integers(self.VARIANTS, size=len(self._occurrences))
-        lengths = self._lengths[chosen]
-        ends = np.cumsum(lengths)
-        shift = np.repeat(self._starts[chosen] - (ends - lengths), lengths)  # from a place in the epoch to the pool
-        return self._pool[np.arange(ends[-1]) + shift]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The windows of one step; each field is (windows, tokens) int64, a window's targets being its next tokens."""
-
-    inputs: torch.Tensor
-    positions: torch.Tensor
-    targets: torch.Tensor
-
-
-def batches(config: TrainConfig, data: Dataset) -> Iterator[Batch]:
-    """Yield max_iters batches of batch_size * block_size tokens, cut from the training text at random places.
-
-    With BPE-dropout a window comes from the re-tokenized text with a probability that falls from 1 to 0 over the run:
-    the end of the training is spent on the cut that the tokenizer itself makes, the only one met afterwards. One window
-    in eight begins with the end-of-text token, so that a prompt of that token alone is one that the model knows.
-
-    Short windows first, long ones at the end, is Press et al. 2020 (arXiv:2012.15832): attention over a long window is
-    a quarter of the time of a small model's step, and of little use before the model knows its words. A short window
-    stands at a random place of the context, so that every position's embedding is trained from the start.
-    """
-    rng = np.random.Generator(np.random.Philox(config.seed))
-    regularizer = None
-    if config.bpe_dropout:
-        text = data.tokenizer.decode(data.train.tolist(), skip_special_tokens=False)
-        regularizer = SubwordRegularizer(data.tokenizer, text, config.bpe_dropout, config.seed)
-    tokens_per_step = config.batch_size * config.block_size
-    steps_per_epoch = max(1, len(data.train) // tokens_per_step)
-    recut = data.train
-    for step in range(config.max_iters):
-        if regularizer and step % steps_per_epoch == 0:
-            recut = regularizer.epoch(rng)
-        size = config.short_block_size if step < config.short_share * config.max_iters else config.block_size
-        windows = np.empty((tokens_per_step // size, size + 1), dtype=np.int64)
-        for row in windows:
-            source = recut if rng.random() >= step / config.max_iters else data.train
-            start = rng.integers(len(source) - size)
-            row[:] = source[start : start + size + 1]
-            if rng.random() < 1 / 8:
-                row[0] = data.eos_token_id
-        first = rng.integers(config.block_size - size + 1, size=(len(windows), 1))
-        ids = torch.from_numpy(windows)
-        yield Batch(ids[:, :-1], torch.from_numpy(first + np.arange(size)), ids[:, 1:])
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 # ---- model and optimizer ---------------------------------------------------------------------------------------------
 
 
-def build_model(config: TrainConfig, data: Dataset) -> GPT2LMHeadModel:
-    """Return a freshly initialised GPT-2, its head tied to its token embedding."""
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=data.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            embd_pdrop=config.dropout,
-            resid_pdrop=config.dropout,
-            attn_pdrop=0.0,  # torch's fused attention on a CPU has no dropout
-            bos_token_id=data.eos_token_id,
-            eos_token_id=data.eos_token_id,
-        )
-    )
-    for block in model.transformer.h:
-        block.mlp.act = nn.GELU(approximate="tanh")  # the same function as the config's gelu_new, in one fused kernel
+def build_model(config: TrainConfig, data: Dataset, state: dict[str, Any] | None = None) -> GPT2LMHeadModel:
+    """Return a GPT-2: freshly initialised, its head tied to its token embedding; a checkpoint's; or a resumed run's.
+
+    With qat, it computes with weights rounded to int8.
+    """
+    dropout = {"embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "attn_pdrop": config.attn_dropout}
+    if state is not None:
+        model = GPT2LMHeadModel(GPT2Config(**{**state["architecture"], **dropout}))
+    elif config.init_from == "scratch":
+        shape = {"n_positions": config.block_size, **{k: getattr(config, k) for k in ("n_embd", "n_layer", "n_head")}}
+        ends = {"bos_token_id": data.eos_token_id, "eos_token_id": data.eos_token_id}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=data.vocab_size, **shape, **ends, **dropout))
+    else:
+        model = open_pretrained(config.init_from, config.block_size, data, dropout)
+    if model.config.activation_function == "gelu_new":
+        for block in model.transformer.h:
+            block.mlp.act = nn.GELU(approximate="tanh")  # the same function, in one fused kernel
+    if config.qat:
+        quantization_aware().prepare(model)
+    if state is not None:
+        model.load_state_dict(state["model"])
+    if not config.bias:
+        freeze_biases(model)
     return model
+
+
+def quantization_aware() -> ModuleType:
+    """Return qat.py, which needs ModelOpt; training in float does not.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        with quantization.quiet():  # ModelOpt warns of every transformers that is newer than itself
+            return importlib.import_module("qat")
+    except ImportError as error:
+        file = quantization.REQUIREMENTS.name
+        raise UsageError(f"qat=True needs the packages of {file} ({error}): pip install -r {file}") from None
+
+
+def open_pretrained(name: str, block_size: int, data: Dataset, dropout: dict[str, float]) -> GPT2LMHeadModel:
+    """Return the model of a HuggingFace folder or hub name, its context cut to `block_size`.
+
+    Raises:
+        UsageError: it cannot be opened, has another tokenizer than the data, or a shorter context.
+    """
+    if (Path(name) / DESCRIPTION_FILE).is_file():
+        raise UsageError(f"expected a float checkpoint to begin with, but {name} is quantized")
+    try:
+        model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, **dropout)
+    except Exception as error:  # transformers, the hub's client and safetensors each raise their own
+        raise UsageError(f"cannot open {name}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    tokenizer = Path(name) / "tokenizer.json"
+    same = data.vocab_size <= model.config.vocab_size
+    if tokenizer.is_file():
+        same = Tokenizer.from_file(str(tokenizer)).get_vocab() == data.tokenizer.get_vocab()
+    if not same:
+        raise UsageError(f"the dataset's tokenizer is not that of {name}; prepare the text with --tokenizer {name}")
+    context = model.config.n_positions
+    if block_size > context:
+        raise UsageError(f"{name} has a context of {context}, but block_size={block_size}; give a smaller block_size")
+    if block_size < context:
+        model.transformer.wpe = nn.Embedding.from_pretrained(model.transformer.wpe.weight[:block_size], freeze=False)
+        model.config.n_positions = block_size
+    model.config.bos_token_id = model.config.eos_token_id = data.eos_token_id
+    return model
+
+
+def freeze_biases(model: GPT2LMHeadModel) -> None:
+    """Take the biases out of the training. HuggingFace's format has no GPT-2 without: they are there, and are zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            if parameter.any():
+                raise UsageError("bias=False, but the checkpoint has biases that are not zero; leave out bias=False")
+            parameter.requires_grad_(False)
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
     """Return AdamW in two groups: matrices are decayed, biases and LayerNorms are not."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -336,30 +210,41 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of a step: a linear warm-up, then half a cosine down to min_lr."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    if not config.decay_lr:
+        return config.learning_rate
+    decay_iters = config.lr_decay_iters or config.max_iters
+    progress = min(1, (step - config.warmup_iters) / max(1, decay_iters - config.warmup_iters))
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ---- evaluation and saving -------------------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def total_nats(model: nn.Module, ids: np.ndarray, bos_token_id: int, stride: int, batch_size: int = 8) -> float:
-    """Return the sum over all `ids` (tokens,) of each one's negative log-likelihood, in nats.
+def mean_nats(
+    model: nn.Module, ids: np.ndarray, bos_token_id: int | None, stride: int, batch_size: int = 8, most: int = 0
+) -> float:
+    """Return the mean over all `ids` (tokens,) of each one's negative log-likelihood, in nats.
 
     Windows of the model's context move on by `stride` tokens, and a token is scored in the first window that holds it:
     with stride = context // 2, every token after the first window sees at least half a context. The first token of all
-    is scored given `bos_token_id`. Divide by the number of characters for a loss that does not depend on the tokenizer.
+    is scored given `bos_token_id`, and not at all where that is None.
+
+    Args:
+        most: so many windows, at even distances; 0: all.
     """
     context = model.config.n_positions
     device = next(model.parameters()).device
-    sequence = torch.from_numpy(np.concatenate([[bos_token_id], ids]).astype(np.int64))
-    count = len(ids)
+    before = [] if bos_token_id is None else [bos_token_id]
+    sequence = torch.from_numpy(np.concatenate([before, ids]).astype(np.int64))
+    count = len(sequence) - 1
     size = min(context, count)
     starts = [*range(0, count - size, stride), count - size]  # the last window is moved back to end at the end
+    if 0 < most < len(starts):
+        starts = [starts[i * (len(starts) - 1) // max(1, most - 1)] for i in range(most)]
     was_training = model.training
     model.eval()
-    total = 0.0
+    total, tokens = 0.0, 0
     scored = 0  # the tokens before this one are done
     for first in range(0, len(starts), batch_size):
         group = starts[first : first + batch_size]
@@ -367,115 +252,255 @@ def total_nats(model: nn.Module, ids: np.ndarray, bos_token_id: int, stride: int
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits.float()  # (windows, size, vocab)
         nats = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").cpu().double()
         for start, row in zip(group, nats, strict=True):
-            total += row[scored - start :].sum().item()
+            new = row[max(0, scored - start) :]
+            total += new.sum().item()
+            tokens += len(new)
             scored = start + size
     model.train(was_training)
-    return total
+    return total / tokens
 
 
-def save_checkpoint(model: GPT2LMHeadModel, tokenizer: Tokenizer, eos_token_id: int, folder: Path) -> None:
-    """Write the HuggingFace folder: each file in full beside its place, then renamed, the weights last."""
-    partial = folder / ".partial"
-    eos = tokenizer.id_to_token(eos_token_id)
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.n_positions,
-        "bos_token": eos,
-        "eos_token": eos,
-        "unk_token": eos,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        text = json.dumps(tokenizer_config, indent=2) + "\n"
-        (partial / "tokenizer_config.json").write_text(text, encoding="utf-8")
-        for file in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            file.chmod(0o644)  # safetensors writes for its owner alone
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def check_same(config: TrainConfig, data: Dataset, state: dict[str, Any]) -> None:
+    """Refuse to resume a run of another model.
+
+    Raises:
+        UsageError: the model's shape or tokenizer is another one.
+    """
+    path = Path(config.out_dir) / STATE_FILE
+    keys = ["block_size", "bias", "qat"]
+    if state["config"]["init_from"] == "scratch":  # else the shape is that of the checkpoint it began with
+        keys = ["n_layer", "n_head", "n_embd", *keys]
+    for key in keys:
+        was, now = state["config"][key], getattr(config, key)
+        if was != now:
+            raise UsageError(f"cannot resume: {path} has {key}={was}, but this run has {key}={now}")
+    if state["tokenizer"] != fingerprint(data):
+        raise UsageError(f"cannot resume: {path} was trained on a dataset with another tokenizer than {config.dataset}")
+
+
+def fingerprint(data: Dataset) -> str:
+    return hashlib.sha256(data.tokenizer.to_str().encode()).hexdigest()
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's generators, on which dropout depends."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
 def train(config: TrainConfig) -> float:
-    """Train, keep the best average of the weights in out_dir, and return its validation loss in nats per character."""
+    """Train, keep the best weights in out_dir, and return their validation loss in nats per character."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, dtype = choose_device(config)
+    processes = find_processes()
+    device, dtype = choose_device(config, processes.local_rank)
     data = load_dataset(ROOT / "data" / config.dataset, config.block_size)
-    torch.manual_seed(config.seed)
-    model = build_model(config, data).to(device).train()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    optimizer = build_optimizer(config, model, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    forward = torch.compile(model) if config.compile else model
-
-    def evaluate(stride: int) -> float:
-        return total_nats(averaged.module, data.val, data.eos_token_id, stride) / data.val_chars
-
-    parameters = sum(p.numel() for p in model.parameters())
-    tqdm.write(f"{parameters:,} parameters, {len(data.train):,} training tokens, {device}, {dtype}", file=sys.stderr)
-    tokens_per_step = config.batch_size * config.block_size
-    best = math.inf
-    began = time.monotonic()
-    with tqdm(total=config.max_iters * tokens_per_step, unit="tok", unit_scale=True, mininterval=1) as progress:
-        for step, batch in enumerate(batches(config, data)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            with mixed:
-                inputs, positions = batch.inputs.to(device), batch.positions.to(device)
-                output = forward(input_ids=inputs, position_ids=positions, use_cache=False)
-                logits = output.logits.flatten(0, 1).float()  # (windows * tokens, vocab)
-                loss = F.cross_entropy(logits, batch.targets.to(device).flatten())
-            scaler.scale(loss).backward()
-            if config.grad_clip:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            averaged.update_parameters(model)
-            progress.update(tokens_per_step)
-            done = step + 1
-            if done % 10 == 0:
-                progress.set_postfix(step=done, loss=f"{loss.item():.3f}", best=f"{best:.4f}", refresh=False)
-            if done % config.eval_interval and done != config.max_iters:
-                continue
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} after {done} steps; lower learning_rate")
-            val = evaluate(config.block_size)
-            kept = val < best
-            if kept:
-                best = val
-                save_checkpoint(averaged.module, data.tokenizer, data.eos_token_id, Path(config.out_dir))
-            report = f"step {done}: train loss {loss.item():.3f} nats/token, val {val:.4f} nats/char"
-            tqdm.write(f"{report}, {time.monotonic() - began:.0f} s{', saved' if kept else ''}", file=sys.stderr)
-    tqdm.write(f"best val {best:.4f} nats/char, in {config.out_dir}", file=sys.stderr)
-    return best
+    out_dir = Path(config.out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {out_dir}: {error.strerror}") from None
+    with joined(processes, device):
+        return Run(config, data, processes, device, dtype).train()
 
 
-def main(argv: list[str]) -> int:
+class Run:
+    """Everything that changes during a run."""
+
+    def __init__(
+        self, config: TrainConfig, data: Dataset, processes: Processes, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.data, self.processes, self.device, self.dtype = config, data, processes, device, dtype
+        state = load_state(Path(config.out_dir)) if config.init_from == "resume" else None
+        if state is not None:
+            check_same(config, data, state)
+        # The random numbers are torch's own on every device, so that the same seed begins with the same weights.
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, data, state).to(device).train()
+        if processes.rank:
+            torch.manual_seed(config.seed + processes.rank)  # each process drops other activations
+        self.averaged = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
+        )
+        self.optimizer = build_optimizer(config, self.model, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.mixed = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        self.batches = Batches(config, data, processes.rank, processes.count)
+        self.step = 0  # so many are done
+        self.best = math.inf  # validation loss
+        # What a later resume compares with: the settings that the run began with.
+        self.began_as = dataclasses.asdict(config) if state is None else state["config"]
+        history = [Evaluation(*entry) for entry in state["history"]] if state is not None else []
+        if state is not None:
+            self.restore(state)
+        self.log = TrainingLog(config, history) if processes.rank == 0 else None
+
+    @property
+    def saved_model(self) -> GPT2LMHeadModel:
+        """The weights that are measured and saved."""
+        return self.averaged.module if self.averaged else self.model
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a run was; its model is built already."""
+        if state["step"] >= self.config.max_iters:
+            raise UsageError(
+                f"cannot resume: {self.config.out_dir} has done {state['step']} steps; give a larger max_iters"
+            )
+        self.step, self.best = state["step"], state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.batches.restore(state["batches"])
+        if self.averaged and state["averaged"] is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        if len(state["random"]) == self.processes.count:
+            restore_random_states(state["random"][self.processes.rank], self.device)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs. Every process has to call this, at the same step."""
+        states: list[Any] = [random_states(self.device)]
+        if self.processes.count > 1:
+            states = [None] * self.processes.count
+            distributed.all_gather_object(states, random_states(self.device))
+        return {
+            "step": self.step,
+            "best": self.best,
+            "config": self.began_as,
+            "architecture": self.model.config.to_dict(),
+            "tokenizer": fingerprint(self.data),
+            "history": [dataclasses.astuple(entry) for entry in self.log.history] if self.log else [],
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "batches": self.batches.state(),
+            "random": states,
+        }
+
+    def train(self) -> float:
+        """Take all the steps, and return the best validation loss."""
+        config, processes = self.config, self.processes
+        forward: nn.Module = torch.compile(self.model) if config.compile else self.model
+        if processes.count > 1:
+            forward = DistributedDataParallel(forward, device_ids=[self.device] if self.device.type == "cuda" else None)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        tokens_per_step = processes.count * config.gradient_accumulation_steps * config.batch_size * config.block_size
+        if processes.rank == 0:
+            say(
+                f"{trained:,} parameters, {len(self.data.train):,} training tokens, {tokens_per_step:,} a step, "
+                f"{processes.count} x {self.device.type}, {str(self.dtype).removeprefix('torch.')}"
+            )
+        first, began = self.step, time.monotonic()
+        with tqdm(
+            total=config.max_iters * tokens_per_step,
+            initial=self.step * tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            mininterval=1,
+            disable=processes.rank > 0,
+        ) as progress:
+            while self.step < config.max_iters:
+                loss = self.take_step(forward)
+                self.step += 1
+                progress.update(tokens_per_step)
+                if self.step % 10 == 0:
+                    progress.set_postfix(
+                        step=self.step, loss=f"{loss.item():.3f}", best=f"{self.best:.4f}", refresh=False
+                    )
+                if self.step % config.eval_interval == 0 or self.step == config.max_iters:
+                    seconds = time.monotonic() - began
+                    self.evaluate(processes.mean(loss.item()), (self.step - first) * tokens_per_step / seconds)
+        if self.log:
+            self.log.close()
+            load = quantization_aware().load if config.qat else GPT2LMHeadModel.from_pretrained
+            best = load(config.out_dir).to(self.device)
+            say(f"best val {self.best:.4f} nats/char, test {self.measure(best, 'test'):.4f}, in {config.out_dir}")
+            if config.qat:
+                say(compression.table(open_checkpoint(Path(config.out_dir))))
+        return self.best
+
+    def take_step(self, forward: nn.Module) -> torch.Tensor:
+        """One step of the optimizer; returns the mean loss of this process's batches, nats per token."""
+        config = self.config
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.batches.begin_step(self.step)
+        total = torch.zeros((), device=self.device)
+        for left in reversed(range(config.gradient_accumulation_steps)):
+            batch = self.batches.draw(self.step)
+            # Gradients are exchanged once, with the last batch's.
+            alone = left and isinstance(forward, DistributedDataParallel)
+            with forward.no_sync() if alone else contextlib.nullcontext():
+                with self.mixed:
+                    inputs, positions = batch.inputs.to(self.device), batch.positions.to(self.device)
+                    output = forward(input_ids=inputs, position_ids=positions, use_cache=False)
+                    logits = output.logits.flatten(0, 1).float()  # (windows * tokens, vocab)
+                    loss = F.cross_entropy(logits, batch.targets.to(self.device).flatten())
+                    loss = loss / config.gradient_accumulation_steps
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if config.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+        return total
+
+    def evaluate(self, train_loss: float, tokens_per_second: float) -> None:
+        """Measure, save the best, and write what a resume needs."""
+        if not math.isfinite(train_loss):
+            raise UsageError(f"the loss is {train_loss} after {self.step} steps; lower learning_rate")
+        folder = Path(self.config.out_dir)
+        if self.log:
+            val = self.measure(self.saved_model, "val")
+            is_best = val < self.best
+            if is_best:
+                self.best = val
+                write = quantization_aware().export if self.config.qat else GPT2LMHeadModel.save_pretrained
+                save_model(self.saved_model, self.data.tokenizer, self.data.eos_token_id, folder, write)
+            rate = learning_rate(self.config, self.step)
+            entry = Evaluation(self.step, train_loss, val, rate, tokens_per_second)
+            self.log.add(entry, ", saved" if is_best else "")
+        state = self.state()
+        if self.log:
+            save_state(state, folder)
+
+    def measure(self, model: nn.Module, part: str) -> float:
+        """The loss on the validation or the test text, nats per character."""
+        config, ids = self.config, getattr(self.data, part)
+        with self.mixed:
+            nats = mean_nats(
+                model, ids, self.data.eos_token_id, config.block_size, most=config.eval_iters * config.batch_size
+            )
+        return nats * self.data.tokens_per_char[part]
+
+
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit code (2: bad input, told on one line of stderr)."""
     transformers_logging.disable_progress_bar()  # one for each saved file, across ours
-    try:
-        train(parse_config(argv))
-    except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the best checkpoint so far, if any, is in out_dir", file=sys.stderr)
-        return 130
-    return 0
+    transformers_logging.set_verbosity_error()
+    arguments = sys.argv[1:] if argv is None else argv
+
+    def run() -> None:
+        train(parse_config(arguments))
+
+    return command_line.main("train.py", run, QuantizationError, CheckpointError, prints=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

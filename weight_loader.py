@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import warnings
@@ -229,7 +230,7 @@ class CheckpointConfig:
     resolved. `eos_token_id` is None where config.json has none, or one that the vocabulary lacks (the default of 50256
     in small models), which could never be generated.
 
-    The last six say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
+    The last nine say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
     """
 
     vocab_size: int
@@ -245,9 +246,12 @@ class CheckpointConfig:
     quant_mode: str | None = None
     quant_lm_head: bool = False
     quant_embedding: bool = False
+    quant_position_embedding: bool = False
     per_channel: bool = True
     per_token: bool = False
     kv_cache_dtype: str | None = None
+    block_size: int = modelopt_layout.BLOCK
+    pre_quant_scale: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as a plain dict."""
@@ -429,6 +433,9 @@ _NUMPY_NAMES = {
 }
 
 
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+
+
 class _SafetensorsFile:
     """A memory-mapped .safetensors file.
 
@@ -571,6 +578,7 @@ class Checkpoint:
     Attributes:
         path: the folder.
         config: the settings of its config.json.
+        weight_files: the files that hold its weights.
 
     Raises:
         CheckpointError: at construction, from config.json and the headers of the weight files alone.
@@ -579,9 +587,9 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_config(path / "config.json")
-        self._paths = _weight_paths(path)
+        self.weight_files = _weight_paths(path)
         self._sources: dict[str, tuple[_WeightFile, str]] = {}  # tensor → its file, and its name there
-        for file_path in self._paths:
+        for file_path in self.weight_files:
             file: _WeightFile = (
                 _SafetensorsFile(file_path) if file_path.suffix == ".safetensors" else _TorchFile(file_path)
             )
@@ -642,12 +650,12 @@ class Checkpoint:
 
         Yields:
             (name, array): C-contiguous; linear weights are (out, in); "lm_head.weight" (vocab, n_embd) only if untied
-            or quantized, and if `config.quant_embedding`, instead of "wte.weight".
+            or quantized, and if it is tied and `config.quant_embedding`, instead of "wte.weight".
 
             Of a quantized layer, the values that its integers stand for, which quantizing by the scales that follow
             gives back exactly, and "weight_scale", "input_scale", "pre_quant_scale" as the mode has them, where one
             element stands for the whole tensor with shape (). In int4-weight-only the weight is (in, out) and its
-            scales (in / 128, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of shape ().
+            scales (in / block_size, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of shape ().
 
         Raises:
             CheckpointError: a finite value overflows `dtype` (the tensor is named), a scale is not a positive number,
@@ -677,8 +685,8 @@ class Checkpoint:
     def _quantized_layer(
         self, layer: str, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """The parameters of one linear layer of `shape` (out, in), without its bias."""
-        name = "lm_head" if layer == "wte" else layer
+        """The parameters of one linear layer of `shape` (out, in), without its bias, or of an embedding."""
+        name = "lm_head" if layer == "wte" and self.config.tie_word_embeddings else layer
         numbers = modelopt_layout.unpacked(self._read(f"{layer}.weight"), shape[0])
         scales = self._read_scale(f"{layer}.weight_scale", dtype)
         # Numbers times the rounded scales: the ratio of the two is then closest to an integer again.
@@ -698,6 +706,11 @@ class Checkpoint:
             if f"{name}.{suffix}" in self._sources:
                 scale = self._read_scale(f"{name}.{suffix}", dtype)
                 yield f"{name}.{suffix}", scale.reshape(()) if suffix == "input_scale" else scale
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of every stored tensor, scales among them, by name without the prefix "transformer."."""
+        headers = {name: file.tensors[stored_name] for name, (file, stored_name) in self._sources.items()}
+        return {name: math.prod(header.shape) * _ITEM_BYTES[header.dtype] for name, header in headers.items()}
 
     def _read(self, name: str) -> np.ndarray:
         """A stored tensor, whole."""
@@ -741,7 +754,7 @@ class Checkpoint:
         for name in sorted(self._sources):
             file, stored_name = self._sources[name]
             digest.update(repr((name, stored_name, file.tensors[stored_name])).encode())
-        for path in self._paths:
+        for path in self.weight_files:
             try:
                 for piece in _content_pieces(path):
                     digest.update(piece)

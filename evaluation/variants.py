@@ -24,6 +24,7 @@ WORDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     **{dtype: (DTYPE, {}) for dtype in PARAMETER_DTYPES},
     **{mode: ("quantization mode", {"mode": mode}) for mode in quantization.MODES},
     "lm-head": (None, {"quant_lm_head": True}),
+    "embeddings": (None, {"quant_lm_head": True, "quant_embeddings": True}),
     "per-channel": (None, {"per_channel": True}),
     "per-token": (None, {"per_token": True}),
     "kv-int8": ("KV cache type", {"kv_cache_dtype": "int8"}),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weight_loader import Checkpoint, CheckpointConfig, CheckpointError, read_json
+from weight_loader import Checkpoint, CheckpointConfig
 
 if TYPE_CHECKING:
     import nvtripy as tp
@@ -44,46 +42,20 @@ def _linear_layers(config: CheckpointConfig) -> dict[str, int]:
 
 
 def stored_weight_bytes(checkpoint: Checkpoint) -> WeightBytes:
-    """The tensors in a checkpoint's files.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    tensors = _stored_tensors(checkpoint.path)
-    if tensors is None:  # PyTorch's own files, which are never quantized
-        return WeightBytes(sum(path.stat().st_size for path in checkpoint.path.glob("pytorch_model*.bin")))
+    """The tensors in a checkpoint's files."""
+    if checkpoint.weight_files[0].suffix != ".safetensors":  # PyTorch's own files, which are never quantized
+        return WeightBytes(sum(path.stat().st_size for path in checkpoint.weight_files))
+    tensors = checkpoint.stored_bytes()
     layers = _linear_layers(checkpoint.config)
     scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
     if scaled:
-        shared = checkpoint.config.vocab_size * checkpoint.config.n_embd
-        layers = {name: layers.get(name, shared) for name in scaled}
+        config = checkpoint.config
+        head, positions = config.vocab_size * config.n_embd, config.n_positions * config.n_embd
+        layers |= {"wte": head, "lm_head": head, "wpe": positions}
+        layers = {name: layers[name] for name in scaled}
     parts = ("weight", "weight_scale", "input_scale", "pre_quant_scale")
     in_layers = sum(tensors.get(f"{layer}.{part}", 0) for layer in layers for part in parts)
     return WeightBytes(sum(tensors.values()), in_layers, sum(layers.values()))
-
-
-def _stored_tensors(folder: Path) -> dict[str, int] | None:
-    """Bytes of each tensor in a folder's safetensors files, by name; None where there are none."""
-    from safetensors import SafetensorError, safe_open
-
-    files = [folder / "model.safetensors"]
-    if not files[0].is_file():
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            return None
-        files = [folder / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
-    bits = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8, "BOOL": 8}
-    tensors = {}
-    try:
-        for file in files:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is not a dict
-                    entry = opened.get_slice(name)
-                    size = math.prod(entry.get_shape()) * bits[entry.get_dtype()] // 8
-                    tensors[name.removeprefix("transformer.")] = size
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"cannot read the tensors in {folder}: {error}") from None
-    return tensors
 
 
 def compiled_weight_bytes(executable: tp.Executable, config: CheckpointConfig) -> WeightBytes:

@@ -175,8 +175,8 @@ def model_graph(
     table, table_scale = random_weight(random, tables, shape.vocabulary, width, "none")
     positions = (0.3 * random.standard_normal((shape.context, width))).astype(np.float16)
     operands = [idx, position, constant(graph, (table * np.sqrt(width)).astype(table.dtype)), table_scale]
-    operands.append(constant(graph, positions))
-    attributes = {"weight_dtype": tables, "width": width, "dtype": dtype}
+    operands += [constant(graph, positions), None]
+    attributes = {"weight_dtype": tables, "position_dtype": "f16", "width": width, "dtype": dtype}
     x = graph.add(Operation("embedding", operands, attributes, [TensorType(dtype, (*leading, width))])).results[0]
     for layer in range(shape.layers):
         qkv = linear(layer_norm(x), 3 * width, None, None)

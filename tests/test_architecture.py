@@ -34,10 +34,17 @@ PROGRAMS = (
     "evaluation.text",
     "evaluation.variants",
     "train",
+    "training_log",
+    "training_state",
+    "batches",
+    "train_config",
+    "corpus",
     "engine",
     "generation",
     "response",
+    "qat",
     "quantization",
+    "compression",
     "tokenizer",
     "weight_loader",
     "modelopt_layout",
@@ -46,6 +53,8 @@ PROGRAMS = (
     "machine",
     "command_line",
 )
+#: They train, with torch; the other programs import it only where it is needed.
+TRAINING = ("train", "training_log", "training_state", "batches", "qat")
 #: What programs may use of the portable runtime.
 SURFACE = {"nvtripy_portable.engine_file", "nvtripy_portable.top_k.top_k"}
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
@@ -174,7 +183,7 @@ def test_programs_know_nvtripy_and_not_what_is_under_it(program: str) -> None:
             assert parts[0] != "nvtripy_portable" or imported.module in SURFACE, f"{program}:{imported.line}"
 
 
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in EAGER])
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in (*TRAINING, *EAGER)])
 def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
     for imported in imports(program_file(program)):
         assert imported.lazy or imported.module.split(".")[0] not in HEAVY, f"{program}:{imported.line}"

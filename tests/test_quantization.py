@@ -263,13 +263,13 @@ def reader(folder: Path) -> Any:
         for name, parameter in parameters.items():
             name = name.removeprefix("transformer.")
             layer, _, last = name.rpartition(".")
-            if last == "weight" and (layer.endswith(LINEARS) or layer in ("wte", "lm_head")):
+            if last == "weight" and (layer.endswith(LINEARS) or layer in ("wte", "wpe", "lm_head")):
                 source = layer if f"{name}" in tensors else "wte"
                 value = dequantize(tensors, source)
                 if layer.endswith(LINEARS):
                     value = value.T  # (out, in), as Linear has it: the exported model has no Conv1D any more
                     attach(layer, model.transformer.get_submodule(layer), kind_of(layer))
-                else:
+                elif layer != "wpe":
                     value = value[:rows]
             else:
                 value = tensors[name]
@@ -308,6 +308,7 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
 CASES: dict[str, dict[str, Any]] = {
     "int8-weight-only": {"mode": "int8-weight-only"},
     "int8-weight-only, head": {"mode": "int8-weight-only", "quant_lm_head": True},
+    "int8-weight-only, embeddings": {"mode": "int8-weight-only", "quant_lm_head": True, "quant_embeddings": True},
     "int4-weight-only": {"mode": "int4-weight-only"},
     "int4-weight-only, head": {"mode": "int4-weight-only", "quant_lm_head": True},
     "fp8": {"mode": "fp8"},
@@ -425,14 +426,15 @@ def test_only_what_is_asked_for_is_quantized(
 ) -> None:
     tensors = read_tensors(results(case).folder)
     original = {name.removeprefix("transformer."): t for name, t in load_file(tiny.path / "model.safetensors").items()}
-    has_head = CASES[case].get("quant_lm_head", False)
+    has_head, has_embeddings = (CASES[case].get(name, False) for name in ("quant_lm_head", "quant_embeddings"))
     for name, array in original.items():
         if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)):
             if "mode" not in CASES[case]:
                 np.testing.assert_array_equal(tensors[name], array.T)
-        elif name != "wte.weight" or not has_head:
+        elif not (name == "wte.weight" and has_head) and not (name == "wpe.weight" and has_embeddings):
             np.testing.assert_array_equal(tensors[name], array)
     assert ("wte.weight_scale" in tensors) == has_head
+    assert ("wpe.weight_scale" in tensors) == has_embeddings
     assert ("lm_head.weight" in tensors) == (CASES[case].get("mode") == "fp8")
 
 
@@ -510,6 +512,17 @@ def test_a_head_of_its_own(modelopt: None, config: Callable[..., QuantizationCon
     np.testing.assert_allclose(
         dequantize(tensors, "lm_head"), block_fake_quantize(original["lm_head.weight"]), rtol=1e-6
     )
+
+
+def test_embeddings_of_their_own(modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "untied", tied=False)
+    settings = config("int8-weight-only", quant_lm_head=True, quant_embeddings=True)
+    quantization.quantize_checkpoint(checkpoint, settings, tmp_path / "out")
+    tensors, original = read_tensors(tmp_path / "out"), load_file(checkpoint.path / "model.safetensors")
+    for name, source in (("wte", "transformer.wte"), ("wpe", "transformer.wpe"), ("lm_head", "lm_head")):
+        weight = original[f"{source}.weight"]
+        expected = int_fake_quantize(weight, np.abs(weight).max(axis=1, keepdims=True))
+        np.testing.assert_allclose(dequantize(tensors, name), expected, rtol=1e-6)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -786,6 +799,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (
             ["--quant-mode", "fp8", "--per-channel"],
             "expected --per-channel with int8-smoothquant only but got it with fp8",
+        ),
+        (
+            ["--quant-mode", "fp8", "--quant-embeddings"],
+            "expected --quant-embeddings with int8-weight-only only but got it with fp8",
         ),
         (["--quant-mode", "fp8", "--calib-size", "0"], "expected --calib-size to be at least 1 but got 0"),
         (["--quant-mode", "fp8", "--calib-length", "-1"], "expected --calib-length to be at least 1 but got -1"),

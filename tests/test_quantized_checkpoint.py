@@ -33,6 +33,7 @@ pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is no
 CASES: dict[str, dict[str, Any]] = {
     "int8-weight-only": {"mode": "int8-weight-only"},
     "int8-weight-only, head": {"mode": "int8-weight-only", "quant_lm_head": True},
+    "full int8": {"mode": "int8-weight-only", "quant_lm_head": True, "quant_embeddings": True},
     "int4-weight-only": {"mode": "int4-weight-only"},
     "int4-weight-only, head": {"mode": "int4-weight-only", "quant_lm_head": True},
     "fp8": {"mode": "fp8"},
@@ -106,7 +107,9 @@ def test_embedded_checkpoint(embedded: Callable[[str], Quantized], case: str) ->
     assert error_of(embedded(case)) <= tolerance(case)
 
 
-@pytest.mark.parametrize("case", ["int8-weight-only", "int4-weight-only, fp8 cache", "fp8, head", "int8-smoothquant"])
+@pytest.mark.parametrize(
+    "case", ["int8-weight-only", "full int8", "int4-weight-only, fp8 cache", "fp8, head", "int8-smoothquant"]
+)
 def test_cached_steps(embedded: Callable[[str], Quantized], case: str) -> None:
     """Prefill and single steps give what ModelOpt's model gives without a cache."""
     quantized = embedded(case)
@@ -239,7 +242,7 @@ def damage_text(file: str, old: str, new: str) -> Callable[[Path], None]:
     return damage
 
 
-LAYER = "transformer.h.1.mlp.c_fc"
+LAYER, TABLE = "transformer.h.1.mlp.c_fc", "transformer.wpe"
 
 
 def halved(tensors: Tensors) -> None:
@@ -286,6 +289,33 @@ def not_a_number(tensors: Tensors) -> None:
             damage_tensors(lambda t: t.update({f"{LAYER}.zeros": torch.zeros(1)})),
             f"unexpected: {LAYER}.zeros",
         ),
+        ("full int8", damage_tensors(lambda t: t.pop(f"{TABLE}.weight_scale")), "missing: wpe.weight_scale"),
+        ("full int8", damage_tensors(lambda t: t.pop("transformer.wte.weight_scale")), "missing: wte.weight_scale"),
+        (
+            "full int8",
+            damage_tensors(lambda t: t.update({f"{TABLE}.weight": t[f"{TABLE}.weight"][:500].clone()})),
+            f"{TABLE}.weight (expected (512, 256), got (500, 256))",
+        ),
+        (
+            "full int8",
+            damage_tensors(lambda t: t.update({f"{TABLE}.weight_scale": t[f"{TABLE}.weight_scale"][:256].clone()})),
+            f"{TABLE}.weight_scale (expected (512,), got (256,))",
+        ),
+        (
+            "full int8",
+            damage_tensors(lambda t: t[f"{TABLE}.weight_scale"][7:8].fill_(torch.nan)),
+            "wpe.weight_scale to hold finite numbers that are not negative but got nan",
+        ),
+        (
+            "full int8",
+            damage_tensors(lambda t: t.update({"lm_head.weight": torch.zeros(1024, 256)})),
+            "expected a head that shares the embedding's weight to be quantized as that is",
+        ),
+        (
+            "int4-weight-only, head",
+            damage_tensors(lambda t: t.update({f"{TABLE}.weight": t[f"{TABLE}.weight"].char()})),
+            f"{TABLE}.weight (expected F32, F16, BF16, F64, got I8)",
+        ),
         ("int8-weight-only", damage_text("hf_quant_config.json", "W8A16", "W2A16"), "but got 'W2A16'"),
         ("int4-weight-only", damage_text("hf_quant_config.json", "128", "64"), "group_size of W4A16_AWQ to be 128"),
         ("int8 cache", damage_text("hf_quant_config.json", "INT8", "INT2"), "but got 'INT2'"),
@@ -311,6 +341,7 @@ def test_bad_folders(
         if (EMBEDDED_CHECKPOINT / file).is_file():
             shutil.copyfile(EMBEDDED_CHECKPOINT / file, folder / file)
     damage(folder)
+    capsys.readouterr()  # of calibration, where this test is the first to need the folder
     monkeypatch.setattr("sys.argv", ["example.py", "--input-text", "x", "--model-type", str(folder)])
     assert example.main() == 2
     output = capsys.readouterr()

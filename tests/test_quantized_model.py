@@ -19,12 +19,13 @@ from test_model import reference_logits, relative_error, save_random, stateless_
 from transformers import GPT2LMHeadModel
 
 from engine import Engine, compile_model
-from model import BLOCK_SIZE, GPT, QUANT_MODES, GPTConfig, QuantMode
+from model import GPT, QUANT_MODES, GPTConfig, QuantMode
 from weight_loader import open_checkpoint
 
 ARCHITECTURE = {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 160, "n_positions": 24}
 TOPS = {"int8": 127.0, "int4": 7.0, "float8": 448.0}
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+FULL_INT8 = {"quant_lm_head": True, "quant_embedding": True, "quant_position_embedding": True}
 IDX = np.random.default_rng(0).integers(0, 160, (2, 20)).astype(np.int32)
 
 
@@ -40,7 +41,9 @@ class Quantized:
     """A random GPT-2 twice: as this model with scales, and as transformers' with everything rounded by NumPy."""
 
     def __init__(self, folder: Path, mode: str | None, **options: object) -> None:
-        self.reference = save_random(folder, **ARCHITECTURE)
+        self.reference = save_random(
+            folder, **ARCHITECTURE, tie_word_embeddings=options.get("tie_word_embeddings", True)
+        )
         self.config = GPTConfig(**ARCHITECTURE, dtype="float32", quant_mode=mode, **options)  # type: ignore[arg-type]
         self.gpt = GPT(self.config)
         self.rng = np.random.default_rng(1)
@@ -50,10 +53,15 @@ class Quantized:
                 for name in LINEARS:
                     self.quantize(f"h.{layer}.{name}", self.config.linear_mode)
         if self.config.head_mode is not None:
-            self.state["lm_head.weight"] = self.state["wte.weight"]
-            if self.config.quant_embedding:
+            if self.config.tie_word_embeddings:
+                self.state["lm_head.weight"] = self.state["wte.weight"]
+            if self.config.embedding_is_head:
                 del self.state["wte.weight"]
             self.quantize("lm_head", self.config.head_mode)
+        if self.config.quant_position_embedding:
+            self.quantize("wpe", QUANT_MODES["int8-weight-only"])
+        if self.config.quant_embedding and not self.config.embedding_is_head:
+            self.quantize("wte", QUANT_MODES["int8-weight-only"])
         self.gpt.load_state_dict({name: tp.Tensor(np.array(array, order="C")) for name, array in self.state.items()})
 
     def quantize(self, name: str, mode: QuantMode) -> None:
@@ -64,7 +72,7 @@ class Quantized:
             weight = weight / pre_scale
             self.state[f"{name}.pre_quant_scale"] = pre_scale
         if mode.scales == "block":
-            blocks = weight.reshape(len(weight), -1, BLOCK_SIZE)
+            blocks = weight.reshape(len(weight), -1, self.config.block_size)
             scale = (np.abs(blocks).max(axis=2) / TOPS[dtype]).astype(np.float32)
             rounded = (round_to(blocks / scale[:, :, None], dtype) * scale[:, :, None]).reshape(weight.shape)
             weight, stored_scale = weight.T, np.ascontiguousarray(scale.T)
@@ -97,12 +105,14 @@ class Quantized:
     ) -> None:
         model: GPT2LMHeadModel = self.reference
         module = model.lm_head if name == "lm_head" else model.transformer.get_submodule(name)
-        if name == "lm_head":
+        if name in ("lm_head", "wte", "wpe"):
             module.weight = torch.nn.Parameter(torch.from_numpy(rounded))
-            if self.config.quant_embedding:
+            if name == "lm_head" and self.config.embedding_is_head:
                 model.transformer.wte.weight = torch.nn.Parameter(torch.from_numpy(rounded))
         else:
             module.weight.data = torch.from_numpy(np.ascontiguousarray(rounded.T))  # a Conv1D: (in, out)
+        if name in ("wte", "wpe"):
+            return
         module.register_forward_pre_hook(
             lambda _, inputs: (torch.from_numpy(round_input(inputs[0].detach().numpy() * pre_scale)),)
         )
@@ -123,8 +133,14 @@ class Quantized:
         ("int8-weight-only", {}),
         ("int8-weight-only", {"quant_lm_head": True}),
         ("int8-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
+        ("int8-weight-only", {"quant_position_embedding": True}),
+        ("int8-weight-only", FULL_INT8),
+        ("int8-weight-only", FULL_INT8 | {"tie_word_embeddings": False}),
         ("int4-weight-only", {}),
         ("int4-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
+        ("int4-weight-only", {"pre_quant_scale": False}),
+        ("int4-weight-only", {"block_size": 64, "pre_quant_scale": False, "quant_lm_head": True}),
+        ("int4-weight-only", {"block_size": 16, "quant_lm_head": True, "quant_embedding": True}),
         ("fp8", {}),
         ("fp8", {"quant_lm_head": True}),
         ("fp8", {"quant_lm_head": True, "quant_embedding": True}),
@@ -167,8 +183,16 @@ def test_a_quantized_cache_is_what_attention_sees(tmp_path: Path, kv_cache_dtype
         ({"quant_mode": "int3"}, "int8-weight-only, int4-weight-only, fp8, int8-smoothquant but got int3"),
         ({"kv_cache_dtype": "int2"}, "int8, fp8 but got int2"),
         ({"quant_lm_head": True}, "a quant_mode with quant_lm_head"),
-        ({"quant_mode": "fp8", "quant_embedding": True}, "quant_embedding only with quant_lm_head"),
-        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "192 and 768"),
+        ({"quant_mode": "fp8", "quant_embedding": True}, "quant_embedding of tied embeddings only with quant_lm_head"),
+        ({"quant_mode": "fp8", "quant_position_embedding": True}, "in int8-weight-only only but got fp8"),
+        ({"quant_position_embedding": True}, "in int8-weight-only only but got None"),
+        (
+            {"quant_mode": "int4-weight-only", "quant_embedding": True, "tie_word_embeddings": False},
+            "in int8-weight-only only but got int4-weight-only",
+        ),
+        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3}, "widths that 128, .* 192 and 768"),
+        ({"quant_mode": "int4-weight-only", "n_embd": 192, "n_head": 3, "block_size": 80}, "widths that 80, "),
+        ({"block_size": 0}, "block_size to be at least 1 but got 0"),
     ],
 )
 def test_impossible_modes_are_refused(options: dict[str, object], message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer as ours
 from tokenizer import GPT2_VOCAB_SIZE, StreamDecoder, load_tokenizer
@@ -314,6 +314,81 @@ def test_merges_out_of_order_are_refused(tmp_path: Path, merges: list[tuple[str,
     folder = edited(theirs, tmp_path, model__vocab=vocab, model__merges=merges, added_tokens=[])
     with pytest.raises(CheckpointError, match=fault):
         load_tokenizer(folder, 300)
+
+
+# --- alphabets: a token for each character ---------------------------------------------------------------------------
+
+LETTERS = "\n !'-ABCabcé—中\U0001f600\u200d\u0301"
+
+
+def alphabet(special: tuple[str, ...] = ()) -> Tokenizer:
+    theirs = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate(LETTERS)}, unk_token="<unk>"))
+    theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    theirs.decoder = decoders.Fuse()
+    theirs.add_special_tokens(list(special))
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[ours.Tokenizer, Any]:
+    """Our tokenizer and transformers' of an alphabet's files, as train.py writes them."""
+    from transformers import AutoTokenizer
+
+    folder = save(alphabet(("<|endoftext|>",)), tmp_path_factory.mktemp("alphabet"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return load_tokenizer(folder, 20), AutoTokenizer.from_pretrained(folder)
+
+
+@PROPERTY
+@given(text=st.lists(st.sampled_from([*LETTERS, "<|endoftext|>"]), max_size=40).map("".join))
+def test_alphabet_equals_transformers(spelled: tuple[ours.Tokenizer, Any], text: str) -> None:
+    mine, theirs = spelled
+    ids = mine.encode(text)
+    assert ids == theirs(text)["input_ids"]
+    assert len(ids) == len(text.replace("<|endoftext|>", "x"))
+    assert mine.decode(ids) == text == theirs.decode(ids)
+    stream = StreamDecoder(mine)
+    assert [stream.push(id) for id in ids] == [mine.decode([id]) for id in ids]
+    assert stream.flush() == ""
+
+
+def test_alphabet_has_the_end_that_its_files_name(spelled: tuple[ours.Tokenizer, Any], tmp_path: Path) -> None:
+    assert spelled[0].eos_id == spelled[1].eos_token_id == len(LETTERS)
+    assert load_tokenizer(save(alphabet(), tmp_path), 20).eos_id is None
+    assert spelled[0].decode([0, 19, 500, 5]) == "\nA"  # a padded vocabulary has ids without a token
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("abcd", r"'d' \(U\+0064\)"), ("a\tb", r"'\\t' \(U\+0009\)"), ("<|", r"'<' \(U\+003C\)"), ("\ud800", r"U\+D800")],
+)
+def test_character_outside_the_alphabet_is_named(spelled: tuple[ours.Tokenizer, Any], text: str, name: str) -> None:
+    with pytest.raises(ours.UnknownCharacterError, match=f"the character .*{name}.* is not among the 17 of") as error:
+        spelled[0].encode(text)
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer={'type': 'Whitespace'} is not supported"),
+        ({"decoder": {"type": "WordPiece"}}, "decoder.type='WordPiece' is not supported, only 'Fuse'"),
+        ({"decoder": None}, "expected decoder to be"),
+        ({"model__vocab": {"a": 0, "bc": 1}}, "expected each token to be one character, got 'bc'"),
+        ({"model__vocab": {"a": 0, "": 1}}, "expected each token to be one character, got ''"),
+        ({"model__vocab": {"a": 0, "b": 0}}, "distinct ids"),
+        ({"model__vocab": ["a"]}, "distinct ids"),
+        ({"model__unk_token": "a"}, "a token for what is not in it"),
+        ({"model__vocab": {"a": 20}}, "has ids up to 20, but the model's vocabulary has 20"),
+        ({"normalizer": {"type": "NFC"}}, "normalizer='NFC' is not supported"),
+    ],
+)
+def test_other_word_level_tokenizers_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load_tokenizer(edited(alphabet(), tmp_path, **changes), 20)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_config(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).config.as_dict() == {
         **{**TINY, "n_inner": 48, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
         **{"tie_word_embeddings": False, "eos_token_id": 7},
-        **{"quant_mode": None, "quant_lm_head": False, "quant_embedding": False},
+        **{"quant_mode": None, "quant_lm_head": False, "quant_embedding": False, "quant_position_embedding": False},
         **{"per_channel": True, "per_token": False, "kv_cache_dtype": None},
     }
     edit_config(tmp_path, eos_token_id=50256)

@@ -112,8 +112,10 @@ def embedding(
     table: Array,
     table_scale: Array | None,
     position_table: Array,
+    position_scale: Array | None,
     *,
     weight_dtype: str,
+    position_dtype: str,
     width: int,
     dtype: DTypeLike,
 ) -> Array:
@@ -121,17 +123,18 @@ def embedding(
 
     Args:
         position: Of each sequence's first token, (B,); None for 0.
-        table: Rows (V, ...) as a linear operation's weight, with ``table_scale``.
-        position_table: (C, width), in a float type.
+        table: Rows (V, ...) in ``weight_dtype``, as a linear operation's weight, with ``table_scale``.
+        position_table: Rows (C, ...) in ``position_dtype``, likewise, with ``position_scale``.
     """
-    flat = idx.reshape(-1)
-    scale = reference.gather(table_scale, flat, axis=0) if table_scale is not None and table_scale.ndim else table_scale
-    rows = reference.widened_rows(reference.gather(table, flat, axis=0), scale, weight_dtype, width).reshape(
-        *idx.shape, width
-    )
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
     positions = steps if position is None else position.astype(np.int64)[:, None] + steps
-    return reference.cast(rows + _wide(reference.gather(position_table, positions, axis=0)), dtype=dtype)
+
+    def rows(table: Array, scale: Array | None, indices: Array, weight_dtype: str) -> Array:
+        wide = np.dtype(np.float32)
+        return reference.quantized_rows(table, scale, indices, weight_dtype=weight_dtype, width=width, dtype=wide)
+
+    tokens = rows(table, table_scale, idx, weight_dtype)
+    return reference.cast(tokens + rows(position_table, position_scale, positions, position_dtype), dtype=dtype)
 
 
 def last_rows(x: Array, last: Array) -> Array:

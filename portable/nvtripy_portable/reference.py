@@ -1221,12 +1221,12 @@ def widened_rows(weight: Array, scale: Array | None, weight_dtype: str, width: i
 
 
 def quantized_rows(
-    weight: Array, scale: Array, indices: Array, *, weight_dtype: str, width: int, dtype: DTypeLike
+    weight: Array, scale: Array | None, indices: Array, *, weight_dtype: str, width: int, dtype: DTypeLike
 ) -> Array:
-    """The rows (…, width) at `indices` (…) of what `weight` and `scale` stand for: an embedding of quantized rows."""
+    """The rows (…, width) at `indices` (…) of what `weight` and `scale` stand for, as `widened_rows` takes them."""
     flat = indices.reshape(-1)
     rows = gather(weight, flat, axis=0)
-    scales = gather(scale, flat, axis=0) if scale.ndim else scale
+    scales = gather(scale, flat, axis=0) if scale is not None and scale.ndim else scale
     return _store(widened_rows(rows, scales, weight_dtype, width).reshape(*indices.shape, width), np.dtype(dtype))
 
 

@@ -28,9 +28,13 @@ def rows(table: tp.Tensor, indices: tp.Tensor) -> tp.Tensor:
     return tp.gather(table, 0, indices)
 
 
-def quantized() -> tp.Tensor:
-    scale = tp.Tensor(np.full(V, 0.02, np.float32))
-    return tp.dequantize(tp.quantize(TABLE, scale, tp.int8, 0), scale, tp.float32, 0)
+def quantized(table: tp.Tensor = TABLE, count: int = V) -> tp.Tensor:
+    scale = tp.Tensor(np.linspace(0.01, 0.03, count, dtype=np.float32))
+    return tp.dequantize(tp.quantize(table, scale, tp.int8, 0), scale, tp.float32, 0)
+
+
+def quantized_places() -> tp.Tensor:
+    return quantized(PLACES, C)
 
 
 EMBEDDINGS: dict[str, Callable[[tp.Tensor, tp.Tensor], tp.Tensor]] = {
@@ -39,6 +43,18 @@ EMBEDDINGS: dict[str, Callable[[tp.Tensor, tp.Tensor], tp.Tensor]] = {
     "quantized": lambda idx, start: rows(quantized(), idx) + rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)),
     "quantized, positions first": lambda idx, start: (
         rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)) + rows(quantized(), idx)
+    ),
+    "quantized positions": lambda idx, start: (
+        rows(TABLE, idx) + rows(quantized_places(), tp.unsqueeze(start, 1) + steps(idx))
+    ),
+    "quantized positions first": lambda idx, start: (
+        rows(quantized_places(), tp.unsqueeze(start, 1) + steps(idx)) + rows(TABLE, idx)
+    ),
+    "both quantized": lambda idx, start: (
+        rows(quantized(), idx) + rows(quantized_places(), steps(idx) + tp.unsqueeze(start, 1))
+    ),
+    "both quantized, positions first": lambda idx, start: (
+        rows(quantized_places(), tp.unsqueeze(start, 1) + steps(idx)) + rows(quantized(), idx)
     ),
     "cast": lambda idx, start: tp.cast(
         tp.cast(rows(TABLE, idx) + rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)), tp.float16), tp.float32
@@ -50,6 +66,10 @@ OTHERS: dict[str, Callable[[tp.Tensor, tp.Tensor], tp.Tensor]] = {
     "all at one place": lambda idx, start: rows(TABLE, idx) + rows(PLACES, tp.unsqueeze(start, 1) + steps(idx) * 0),
     "difference": lambda idx, start: rows(TABLE, idx) - rows(PLACES, tp.unsqueeze(start, 1) + steps(idx)),
     "tokens as places": lambda idx, start: rows(TABLE, idx) + rows(PLACES, idx % 2),
+    "quantized, one later": lambda idx, start: (
+        rows(quantized(), idx) + rows(quantized_places(), tp.unsqueeze(start, 1) + steps(idx) + 1)
+    ),
+    "quantized, both by token": lambda idx, start: rows(quantized(), idx) + rows(quantized(), idx),
 }
 
 
@@ -69,14 +89,19 @@ def test_other_sums_of_rows(name: str) -> None:
     assert_close(fused, plain, [IDX, START])
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("length", [TOKENS, 3])
-def test_positions_from_zero(length: Any) -> None:
+def test_positions_from_zero(length: Any, is_quantized: bool) -> None:
     """Those of a fixed number of tokens are constants, looked up when it is compiled."""
-    fused, plain = both(
-        lambda idx: rows(TABLE, idx) + rows(PLACES, steps(idx)), tp.InputInfo((B, length), dtype=tp.int32)
-    )
+
+    def embedded(idx: tp.Tensor) -> tp.Tensor:
+        return rows(TABLE, idx) + rows(quantized_places() if is_quantized else PLACES, steps(idx))
+
+    fused, plain = both(embedded, tp.InputInfo((B, length), dtype=tp.int32))
     assert [each.kind for each in operations(fused)] == ["embedding"]
-    assert only(fused, "embedding").operands[1] is None
+    operation = only(fused, "embedding")
+    assert operation.operands[1] is None
+    assert operation.attributes["position_dtype"] == ("i8" if is_quantized else "f32")
     assert_close(fused, plain, [IDX])
 
 

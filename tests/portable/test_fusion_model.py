@@ -69,6 +69,12 @@ def expected(config: GPTConfig, *, has_last: bool) -> list[str]:
     return ["embedding", *BLOCK * config.n_layer, *["last_rows"] * has_last, "layer_norm", "linear"]
 
 
+FULL_INT8: dict[str, Any] = {
+    "quant_mode": "int8-weight-only",
+    "quant_lm_head": True,
+    "quant_embedding": True,
+    "quant_position_embedding": True,
+}
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"dtype": "float16"},
@@ -79,6 +85,9 @@ VARIANTS: list[dict[str, Any]] = [
     *({"quant_mode": mode} for mode in ("int8-weight-only", "int4-weight-only", "fp8", "int8-smoothquant")),
     {"quant_mode": "int8-weight-only", "quant_lm_head": True, "dtype": "float16"},
     {"quant_mode": "int8-weight-only", "quant_lm_head": True, "quant_embedding": True, "kv_cache_dtype": "int8"},
+    {"quant_mode": "int8-weight-only", "quant_position_embedding": True},
+    FULL_INT8 | {"dtype": "float16"},
+    FULL_INT8 | {"tie_word_embeddings": False, "dtype": "bfloat16"},
     {"quant_mode": "int4-weight-only", "quant_lm_head": True, "dtype": "bfloat16"},
     {"quant_mode": "int4-weight-only", "quant_lm_head": True, "quant_embedding": True, "dtype": "float16"},
     {"quant_mode": "fp8", "quant_lm_head": True, "quant_embedding": True, "kv_cache_dtype": "fp8"},
@@ -143,8 +152,9 @@ def small() -> GPT:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_fixed_number_of_tokens(tokens: int, batch: int) -> None:
-    gpt = small()
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_fixed_number_of_tokens(tokens: int, batch: int, is_quantized: bool) -> None:
+    gpt = random_model(GPTConfig(**ARCHITECTURE, **FULL_INT8, dtype="float32")) if is_quantized else small()
     idx = prompts(gpt.config, tokens)[:batch]
     fused, plain = stateless(gpt, tokens, batch)
     assert kinds_in_order(fused) == expected(gpt.config, has_last=False), fused

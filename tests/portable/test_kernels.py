@@ -88,7 +88,7 @@ def test_products(isa: str, weight_dtype: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", (1, 2, 4, 5, 17))
-@pytest.mark.parametrize("block", (32, 64, 96, 128, 160, 256))
+@pytest.mark.parametrize("block", (6, 32, 48, 64, 96, 128, 160, 256))
 @pytest.mark.parametrize("weight_dtype", ("i8", "i4", "f8e4m3fn", "f16"))
 def test_scales_of_blocks(isa: str, weight_dtype: str, block: int, tokens: int) -> None:
     random = np.random.default_rng([tokens, block, *weight_dtype.encode()])
@@ -106,7 +106,7 @@ def test_scales_of_blocks(isa: str, weight_dtype: str, block: int, tokens: int) 
 @pytest.mark.parametrize("weight_dtype", ("i8", "i4"))
 def test_inputs_of_16_bits_become_integers(isa: str, weight_dtype: str, tokens: int) -> None:
     random = np.random.default_rng([tokens, *weight_dtype.encode()])
-    scales = (*("none", "scalar", "rows"), *("32", "64", "96", "128", "160", "192", "256"))
+    scales = (*("none", "scalar", "rows"), *("2", "32", "48", "64", "96", "128", "160", "192", "256"))
     for rows, width in ((1, 1), (13, 130), (65, 256), (130, 771), (3, 1600)):
         for scale_of in scales[:3]:
             check_integers(random, weight_dtype, rows, width, scale_of, tokens)
@@ -216,16 +216,18 @@ def test_layer_norm(isa: str, width: int) -> None:
         check(graph, [(5 + random.standard_normal((rows, width))).astype(np.float16)], {"rtol": 2e-3, "atol": 2e-3})
 
 
-@pytest.mark.parametrize("tables", WEIGHT_DTYPES)
-def test_embedding_takes_indices_as_numpy_does(isa: str, tables: str) -> None:
+@pytest.mark.parametrize(
+    ("tables", "places"), [*((dtype, "bf16") for dtype in WEIGHT_DTYPES), ("i8", "i8"), ("f16", "i8")]
+)
+def test_embedding_takes_indices_as_numpy_does(isa: str, tables: str, places: str) -> None:
     random = np.random.default_rng(1)
     for width in (1, 31, 64):
         graph = Graph()
         idx, position = add_input(graph, "idx", "i32", (2, None)), add_input(graph, "position", "i32", (2,))
         weight, scale = random_weight(random, tables, 11, width, "rows")
-        positions = random.standard_normal((20, width)).astype(ml_dtypes.bfloat16)
-        operands = [idx, position, *(constant(graph, each) for each in (weight, scale, positions))]
-        attributes = {"weight_dtype": tables, "width": width, "dtype": "f32"}
+        positions, position_scale = random_weight(random, places, 20, width, "rows" if places == "i8" else "none")
+        operands = [idx, position, *(constant(graph, each) for each in (weight, scale, positions, position_scale))]
+        attributes = {"weight_dtype": tables, "position_dtype": places, "width": width, "dtype": "f32"}
         type = TensorType("f32", (*idx.type.shape, width))
         graph.outputs = [graph.add(Operation("embedding", operands, attributes, [type])).results[0]]
         ids = np.array([[0, 10, -1, -11, 5], [1, 2, 3, 4, 5]], np.int32)

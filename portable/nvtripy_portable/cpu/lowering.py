@@ -13,7 +13,7 @@ from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
 
 _FLOATS = ("f32", "f16", "bf16")
 _CACHES = ("f32", "f16", "bf16", "i8")
-_LEAST_BLOCK = 32  # weights that share a scale: a multiple of this
+_INTEGER_BLOCK = 32  # weights that share a scale in integer products: a multiple of this
 
 
 @dataclass
@@ -220,7 +220,7 @@ class _Lowering:
             stride = scales.shape[1]
             _require(stride > 0 and width % stride == 0 and scales.shape[0] == len(data))
             block = width // stride
-            _require(block % _LEAST_BLOCK == 0)
+            _require(block % 2 == 0 or dtype != "i4")  # two a byte: a scale begins with one
         elif scales is not None and scales.ndim == 1:
             _require(len(scales) == len(data))
             stride = 1
@@ -279,7 +279,9 @@ class _Lowering:
             else:
                 form["input_scale"] = self._scalar(input_scale)
         # 16 bits a block of inputs are more than float16's 11, but less than float32's 24. int8 they hold exactly.
-        form["takes_integers"] = x.type.dtype in ("f16", "bf16") or attributes["input_dtype"] == "i8"
+        # Weights in blocks that do not fit those products are widened to floats, all blocks alike.
+        fits = form["weight"]["block"] % _INTEGER_BLOCK == 0
+        form["takes_integers"] = fits and (x.type.dtype in ("f16", "bf16") or attributes["input_dtype"] == "i8")
         if residual is not None:
             form["residual"] = self._float(residual)
             # Broadcasts are the reference's business.
@@ -288,20 +290,15 @@ class _Lowering:
         self.forms.append(form)
 
     def _embedding(self, operation: Operation) -> None:
-        idx, position, table, table_scale, position_table = operation.operands
+        idx, position, table, table_scale, position_table, position_scale = operation.operands
         attributes = operation.attributes
         form: dict[str, Any] = {"kind": "embedding", "tokens": self._integer(idx, 2)}
         assert idx is not None
         if position is not None:
             form["position"] = self._integer(position, 1)
-        form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], attributes["width"])
-        positions = self._constant(position_table)
-        if positions is None:
-            raise _CannotRun
-        dtype = next((name for name in _FLOATS if DTYPES[name] == positions.dtype), None)
-        if dtype is None:
-            raise _CannotRun
-        form["positions"] = self._matrix(position_table, None, dtype, attributes["width"])
+        width = attributes["width"]
+        form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], width)
+        form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
         self.leading[operation.results[0]] = (self.inputs[idx], 2)
         form["y"] = self._add(operation.results[0], attributes["width"])
         self.location = operation.location

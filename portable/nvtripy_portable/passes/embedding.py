@@ -13,16 +13,13 @@ from nvtripy_portable.rewrite import FLOATS, Any, Bound, Constant, Op, Rule, app
 
 def run(graph: Graph) -> None:
     elements = Elements()
-    floats = _gather("table", "idx", "rows")
-    quantized = Op("quantized_rows", Any("table"), Any("table_scale"), Any("idx"), name="rows")
-    positions = _gather("position_table", "positions", "position_rows")
     known = Constant("position_rows")  # those of a fixed number of tokens, looked up already
     rules = [
-        Rule(f"{name} of tokens and positions", Op("element_wise", *operands, operation="kSUM"), build)
-        for name, rows in (("rows", floats), ("quantized rows", quantized))
-        for at, build in (
-            (positions, lambda bound: _computed(bound, elements)),
-            (known, lambda bound: _embedding(bound, None, bound.constant("position_rows"))),
+        Rule(f"{kind} rows of tokens, {at_kind} of positions", Op("element_wise", *operands, operation="kSUM"), build)
+        for kind, rows in _rows("token").items()
+        for at_kind, at, build in (
+            *((kind, at, lambda bound: _looked_up(bound, elements)) for kind, at in _rows("position").items()),
+            ("known", known, lambda bound: _embedding(bound, None, bound.constant("position_rows"), None)),
         )
         for operands in ((rows, at), (at, rows))
     ]
@@ -30,36 +27,56 @@ def run(graph: Graph) -> None:
     apply(graph, [*rules, cast])
 
 
-def _gather(table: str, indices: str, name: str) -> Op:
-    return Op("gather", Constant(table), Any(indices), axis=0, num_broadcast_dims=0, name=name)
+def _rows(what: str) -> dict[str, Op]:
+    """A look-up in a table, in its two forms."""
+    table, scale, indices = Constant(f"{what}_table"), Constant(f"{what}_scale"), Any(f"{what}_indices")
+    return {
+        "float": Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows"),
+        "quantized": Op("quantized_rows", table, scale, indices, name=f"{what}_rows"),
+    }
 
 
-def _computed(bound: Bound, elements: Elements) -> list[Operation] | None:
-    """With positions that are computed from the sequences' own, or count from 0."""
-    idx, table = bound.values["idx"], bound.constant("position_table")
-    found = _start(bound.values["positions"], idx.type.shape, elements)
-    return None if found is None else _embedding(bound, found[0], table)
+def _looked_up(bound: Bound, elements: Elements) -> list[Operation] | None:
+    """With positions that are computed from the sequences' own, or count from 0, or are constants."""
+    positions, table = bound.values["position_indices"], bound.constant("position_table")
+    scale = bound.constant("position_scale") if "position_scale" in bound.values else None
+    if positions.constant is not None:  # those of a fixed number of tokens, in a table that has not been widened
+        at = positions.constant
+        if at.size and not -len(table) <= at.min() <= at.max() < len(table):
+            return None  # an error of the program's, when it runs
+        return _embedding(bound, None, table[at], scale[at] if scale is not None and scale.ndim else scale)
+    found = _start(positions, bound.values["token_indices"].type.shape, elements)
+    return None if found is None else _embedding(bound, found[0], table, scale)
 
 
-def _embedding(bound: Bound, position: Value | None, position_table: np.ndarray) -> list[Operation] | None:
-    rows, result = bound.operations["rows"], bound.operations["element_wise"].results[0]
-    idx, table, scale = bound.values["idx"], bound.values["table"], bound.values.get("table_scale")
-    width = result.type.shape[-1]
+def _embedding(
+    bound: Bound, position: Value | None, position_table: np.ndarray, position_scale: np.ndarray | None
+) -> list[Operation] | None:
+    rows, result = bound.operations["token_rows"], bound.operations["element_wise"].results[0]
+    idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
+    assert idx is not None and table is not None
     if idx.type.rank != 2 or rows.results[0].type != result.type or result.type.dtype not in FLOATS:
         return None
     if rows.kind == "gather" and (table.type.rank != 2 or table.type.dtype not in FLOATS):
         return None
     if position_table.ndim == 3 and position_table.shape[:2] == (1, idx.type.shape[1]):
         position_table = position_table[0]
-    if position_table.ndim != 2 or position_table.shape[1] != width:
+        position_scale = position_scale[0] if position_scale is not None and position_scale.ndim else position_scale
+    width = result.type.shape[-1]
+    at_rows = bound.operations.get("position_rows")
+    at_attributes = at_rows.attributes if at_rows is not None else {}
+    if position_table.ndim != 2 or at_attributes.get("width", position_table.shape[1]) != width:
         return None
-    positions = constant(position_table)
+    positions = [constant(each) for each in (position_table, position_scale) if each is not None]
     attributes = {
         "weight_dtype": rows.attributes.get("weight_dtype", table.type.dtype),
+        "position_dtype": at_attributes.get("weight_dtype", positions[0].results[0].type.dtype),
         "width": width,
         "dtype": result.type.dtype,
     }
-    return [positions, Operation("embedding", [idx, position, table, scale, positions.results[0]], attributes, [])]
+    operands = [idx, position, table, scale, *(each.results[0] for each in positions)]
+    operands += [None] * (6 - len(operands))
+    return [*positions, Operation("embedding", operands, attributes, [])]
 
 
 def _start(positions: Value, shape: tuple[Dim, ...], elements: Elements) -> tuple[Value | None] | None:

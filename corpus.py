@@ -1,0 +1,290 @@
+"""A text → the files that train.py reads. The programs data/*/prepare.py say which text; this module does the rest.
+
+    tokenizer.json                  an alphabet (one character, one token) or a byte-level BPE, in HuggingFace's format
+    train.bin, val.bin, test.bin    token ids, little-endian uint16
+    meta.json                       sizes; the parts' characters turn a loss in nats per token into one per character
+
+A text may hold <|endoftext|> between its documents; it becomes one token, at which example.py ends its answer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+
+import command_line
+from command_line import Parser, UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZERS = ("char", "bpe")
+DEFAULT_BPE_VOCAB = 1024
+SMALLEST_BPE_VOCAB = 256 + 1  # the bytes and the end-of-text token
+LARGEST_VOCAB = 2**16  # ids are stored as uint16
+TRAIN_SHARE = 0.9  # of the characters, from the start of the text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a prepare.py knows about its text.
+
+    Attributes:
+        folder: where the files go, unless --output-dir says otherwise.
+        description: for --help.
+        tokenizer: "char" or "bpe"; None leaves the choice to --tokenizer.
+        fetch: gets the text where there is no --input; None: there has to be one.
+        clean: takes away what is not the text, such as a licence; also from --input.
+        has_test: whether the last tenth is split into val and test. The published figures of some corpora measure on
+            all of it, and such a corpus has no third part: its test.bin is its val.bin.
+    """
+
+    folder: Path
+    description: str
+    tokenizer: str | None = None
+    fetch: Callable[[], str] | None = None
+    clean: Callable[[str], str] = str
+    has_test: bool = True
+
+
+def main(corpus: Corpus, argv: list[str] | None = None) -> int:
+    """Run a prepare.py's command line; return its exit code (2: bad input, told on one line of stderr)."""
+    return command_line.main("prepare.py", lambda: _run(corpus, argv))
+
+
+def _run(corpus: Corpus, argv: list[str] | None) -> None:
+    parser = Parser("prepare.py", corpus.description)
+    source = "a UTF-8 text file" if corpus.fetch is None else "a UTF-8 text file, instead of the download"
+    parser.add_argument("--input", metavar="FILE", type=Path, required=corpus.fetch is None, help=source)
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=Path,
+        default=corpus.folder,
+        help="where the files go (default: %(default)s)",
+    )
+    if corpus.tokenizer is None:
+        parser.add_argument(
+            "--tokenizer",
+            metavar="char|bpe|NAME",
+            default="char",
+            help="one token for each character of the text; a byte-level BPE learned from it; or the tokenizer of a "
+            "checkpoint to be finetuned, a folder or a hub name such as gpt2 (default: %(default)s)",
+        )
+    if corpus.tokenizer != "char":
+        parser.add_argument(
+            "--vocab-size", metavar="N", type=int, help=f"entries of the BPE (default: {DEFAULT_BPE_VOCAB})"
+        )
+    options = parser.parse_args(argv)
+    kind = corpus.tokenizer or options.tokenizer
+    vocab_size = getattr(options, "vocab_size", None)
+    if kind != "bpe" and vocab_size is not None:
+        raise UsageError("--vocab-size is for --tokenizer bpe; others are as large as they are")
+    text = read_text(options.input) if options.input or corpus.fetch is None else corpus.fetch()
+    meta = prepare(corpus.clean(text), options.output_dir, kind, vocab_size or DEFAULT_BPE_VOCAB, corpus.has_test)
+    print(f"{options.output_dir}: a vocabulary of {meta['vocab_size']:,}")
+    for name in ("train", "val", "test"):
+        print(f"{name}: {meta[f'{name}_chars']:,} characters, {meta[f'{name}_tokens']:,} tokens")
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, its line ends untouched."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+
+
+def download_text(url: str) -> str:
+    """Return the UTF-8 text at `url`, its line ends untouched; shows progress."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            total = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], leave=False) as progress:
+                content = bytearray()
+                while block := reply.read(1 << 16):
+                    content += block
+                    progress.update(len(block))
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{url} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise UsageError(f"cannot download {url} ({reason}); give a local copy with --input FILE") from None
+
+
+def split_text(text: str, has_test: bool) -> dict[str, str]:
+    """Cut a text into its parts: the first 90 % of the characters to train on, and the rest, or half of it each.
+
+    Raises:
+        UsageError: a part would be empty.
+    """
+
+    def after_mark(place: int) -> int:
+        """`place`, or the end of the END_OF_TEXT in whose midst it is."""
+        begin = text.find(END_OF_TEXT, max(0, place - len(END_OF_TEXT) + 1), place + len(END_OF_TEXT) - 1)
+        return place if begin == -1 else max(place, begin + len(END_OF_TEXT))
+
+    cut = after_mark(int(len(text) * TRAIN_SHARE))
+    middle = after_mark((cut + len(text)) // 2) if has_test else len(text)
+    parts = {"train": text[:cut], "val": text[cut:middle], "test": text[middle:] if has_test else text[cut:]}
+    if not all(parts.values()):
+        raise UsageError(f"the text is too short: {len(text)} characters cannot be split into train, val and test")
+    return parts
+
+
+# ---- the tokenizers --------------------------------------------------------------------------------------------------
+
+
+def alphabet_tokenizer(text: str) -> Tokenizer:
+    """Return the tokenizer whose tokens are the characters of `text`, in the order of their code points.
+
+    Where the text has END_OF_TEXT, that is a token too, the last. Text outside of the alphabet raises an error.
+    """
+    is_divided = END_OF_TEXT in text
+    characters = sorted(set(text.replace(END_OF_TEXT, "")))
+    vocabulary = {character: number for number, character in enumerate(characters)}
+    # A token that stands for unknown characters is not in the vocabulary, and so there are none.
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if is_divided:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def learn_bpe(text: str, vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE of exactly `vocab_size` entries, cut into words as GPT-2 cuts them.
+
+    The end-of-text token has id 0. Learning is deterministic: the same text gives the same tokenizer. Every byte is in
+    the vocabulary: any text encodes, and decodes to itself.
+
+    Raises:
+        UsageError: the text has too few different words for so many entries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.split(END_OF_TEXT), trainer)
+    learned = tokenizer.get_vocab_size()
+    if learned != vocab_size:
+        raise UsageError(
+            f"the text is too short: its BPE ends at {learned} of {vocab_size} tokens; "
+            f"give a longer text or --vocab-size {learned}"
+        )
+    return tokenizer
+
+
+def existing_tokenizer(name: str) -> Tokenizer:
+    """Open the tokenizer of a checkpoint, a folder or a name at the Hugging Face Hub."""
+    try:
+        if Path(name).is_dir():
+            return Tokenizer.from_file(str(Path(name) / "tokenizer.json"))
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # `tokenizers` and the hub's client raise nothing narrower
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--tokenizer is char, bpe or a checkpoint, but {name} cannot be opened: {reason}") from None
+
+
+def check_alphabet(tokenizer: Tokenizer, text: str, name: str) -> None:
+    """Refuse a text with characters that the alphabet of a checkpoint lacks, by name."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = sorted(set(text.replace(END_OF_TEXT, "")) - vocabulary.keys())
+    if isinstance(tokenizer.model, models.WordLevel) and unknown:
+        raise UsageError(
+            f"the character {unknown[0]!r} (U+{ord(unknown[0]):04X}) is not among the {len(vocabulary)} of {name}"
+            + (f", nor are {len(unknown) - 1} others of the text" if unknown[1:] else "")
+        )
+
+
+def encode(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
+    """Return the token ids, uint16, document by document; shows progress where there are many."""
+
+    def documents() -> Iterator[str]:
+        first, *rest = text.split(END_OF_TEXT)
+        yield first
+        for document in rest:
+            yield END_OF_TEXT + document
+
+    pieces = [
+        np.array(tokenizer.encode(document).ids, dtype="<u2")
+        for document in tqdm(documents(), desc=f"{name}.bin", unit=" documents", disable=END_OF_TEXT not in text)
+    ]
+    return np.concatenate(pieces)
+
+
+# ---- the files -------------------------------------------------------------------------------------------------------
+
+
+def prepare(text: str, output_dir: Path, kind: str, vocab_size: int = 0, has_test: bool = True) -> dict[str, int]:
+    """Write the files to `output_dir`; return what meta.json holds.
+
+    A BPE is learned from the part to train on alone, so that a loss on the other parts says something about text which
+    nothing in the checkpoint has seen. An alphabet is that of the whole text: with fewer characters the other parts
+    could not be encoded.
+    """
+    if kind == "bpe" and not SMALLEST_BPE_VOCAB <= vocab_size <= LARGEST_VOCAB:
+        raise UsageError(f"--vocab-size must be {SMALLEST_BPE_VOCAB} to {LARGEST_VOCAB}, not {vocab_size}")
+    parts = split_text(text, has_test)
+    if kind == "bpe":
+        tokenizer = learn_bpe(parts["train"], vocab_size)
+    else:
+        tokenizer = alphabet_tokenizer(text) if kind == "char" else existing_tokenizer(kind)
+        check_alphabet(tokenizer, text, kind)
+    meta = {"vocab_size": tokenizer.get_vocab_size()}
+    if meta["vocab_size"] > LARGEST_VOCAB:
+        raise UsageError(
+            f"the vocabulary has {meta['vocab_size']:,} tokens, but ids of 16 bits name only {LARGEST_VOCAB:,}"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {output_dir}: {error.strerror}") from None
+    for name, part in parts.items():
+        ids = encode(tokenizer, part, name)
+        write_atomically(output_dir / f"{name}.bin", ids.tobytes())
+        meta |= {f"{name}_chars": len(part), f"{name}_tokens": len(ids)}
+    write_atomically(output_dir / "tokenizer.json", tokenizer.to_str(pretty=True).encode("utf-8"))
+    write_atomically(output_dir / "meta.json", (json.dumps(meta, indent=2) + "\n").encode("utf-8"))
+    return meta
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` beside `path` and rename, so that no reader ever sees half a file.
+
+    Raises:
+        UsageError: the disk is full, or the folder cannot be written to.
+    """
+    handle, partial = -1, ""
+    try:
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.chmod(partial, 0o644)  # mkstemp makes it for its owner alone
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        if partial:
+            Path(partial).unlink(missing_ok=True)

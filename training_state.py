@@ -1,0 +1,111 @@
+"""What a training run leaves in its out_dir: a HuggingFace folder of its best weights, and what it needs to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
+
+from command_line import UsageError
+from modelopt_layout import DESCRIPTION_FILE
+
+STATE_FILE = "ckpt.pt"
+#: What ckpt.pt holds; train.Run.state says what each is.
+KEYS = {
+    *("step", "best", "config", "architecture", "tokenizer", "history"),
+    *("model", "averaged", "optimizer", "scaler", "batches", "random"),
+}
+
+
+@contextlib.contextmanager
+def _written_together(folder: Path) -> Iterator[Path]:
+    """Give a folder to write files to, which then move to `folder`: whole, or not at all; weights come last."""
+    partial = folder / ".partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        if not (partial / DESCRIPTION_FILE).exists() and (partial / "config.json").exists():
+            (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a quantized model that was here before
+        for file in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            file.chmod(0o644)  # safetensors writes for its owner alone
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise UsageError(f"cannot write to {folder}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_model(
+    model: GPT2LMHeadModel,
+    tokenizer: Tokenizer,
+    eos_token_id: int | None,
+    folder: Path,
+    write: Callable[[GPT2LMHeadModel, Path], object] = GPT2LMHeadModel.save_pretrained,
+) -> None:
+    """Write the HuggingFace folder: config.json, model.safetensors (float32) and the tokenizer.
+
+    Args:
+        write: what writes the model's own files; with qat.export the folder is a quantized one.
+
+    Raises:
+        UsageError: the disk is full, or `folder` cannot be written to; what was there before is still there.
+    """
+    eos = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.n_positions,
+        **({"bos_token": eos, "eos_token": eos, "unk_token": eos} if eos else {}),
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    with _written_together(folder) as partial:
+        write(model, partial)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        text = json.dumps(tokenizer_config, indent=2) + "\n"
+        (partial / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Write ckpt.pt: tensors and plain values.
+
+    Raises:
+        UsageError: the disk is full, or `folder` cannot be written to; the ckpt.pt before it is still there.
+    """
+    with _written_together(folder) as partial:
+        try:
+            with open(partial / STATE_FILE, "wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # torch's writer, where the file does not take it all
+            cause = error.__context__ if isinstance(error.__context__, OSError) else None
+            raise OSError(str(error).splitlines()[0] if cause is None else cause.strerror) from None
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read ckpt.pt, to the CPU's memory. It is not unpickled: a file from someone else cannot run anything.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = KEYS - state.keys()
+    except (FileNotFoundError, PermissionError) as error:
+        raise UsageError(f"cannot resume from {path}: {error.strerror}") from None
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise UsageError(f"cannot resume: {path} is damaged ({type(error).__name__})") from None
+    if missing:
+        raise UsageError(f"cannot resume: {path} lacks {', '.join(sorted(missing))}")
+    return state
