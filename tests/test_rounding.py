@@ -154,7 +154,6 @@ def test_logits_are_those_of_the_dequantized_weights(
     expected = torch_logits(folder, idx)
     config = config_of(checkpoint, "float16")
     engine = Engine(compile_model(load_model(checkpoint, config), 1), config, 1)
-    engine.start()
     zero = np.zeros(1, np.int32)
     found = [engine.step(idx[:, :36], zero, zero + 35)]
     found += [engine.step(idx[:, at : at + 1], zero + at, zero) for at in range(36, 40)]
