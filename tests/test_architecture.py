@@ -91,8 +91,8 @@ ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}
 
 #: Third-party packages on which the unquantized path of a program must not depend.
 HEAVY = {"torch", "transformers", "gradio"}
-#: Those that are nothing without them: the page is imported by demo.py once it is sure that Gradio is there.
-EAGER = ("train", "page")
+#: Nothing without Gradio: demo.py imports it once it is sure that it is there.
+EAGER = ("page",)
 
 
 @dataclass(frozen=True)
