@@ -196,11 +196,9 @@ class QuantizationConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether anything depends on activations; the scales of int8 weights follow from the weights alone."""
-        if self.method == "modelopt":
-            depends = self.mode not in (None, "int8-weight-only")
-        else:
-            depends = self.method == "gptq"
-        return depends or self.kv_cache_dtype != "float16"
+        if self.method == "rtn":
+            return self.kv_cache_dtype != "float16"
+        return self.method == "gptq" or self.mode not in (None, "int8-weight-only") or self.kv_cache_dtype != "float16"
 
     def block(self, n_embd: int, n_inner: int) -> int:
         """Input features that share a stored scale in int4, for a model of these widths.
@@ -441,9 +439,7 @@ def _round_layers(model: Any, config: QuantizationConfig, samples: np.ndarray | 
         count = max(1, CALIB_BATCH_TOKENS // samples.shape[1])
         batches = [torch.from_numpy(samples[begin : begin + count]) for begin in range(0, len(samples), count)]
     try:
-        return gptq.quantize_layers(
-            model, _grid(config), batches, act_order=config.act_order, damping=config.damping
-        )
+        return gptq.quantize_layers(model, _grid(config), batches, act_order=config.act_order, damping=config.damping)
     except gptq.GPTQError as error:
         raise QuantizationError(str(error)) from None
 
@@ -683,9 +679,13 @@ def _check_source(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
     if config.mode == "int4-weight-only":
         widths = checkpoint.config.n_embd, checkpoint.config.n_inner
         block = config.block(*widths)
-        for name, layer, width in zip(("n_embd", "n_inner"), ("h.0.attn.c_attn", "h.0.mlp.c_proj"), widths, strict=True):
+        for name, layer, width in zip(
+            ("n_embd", "n_inner"), ("h.0.attn.c_attn", "h.0.mlp.c_proj"), widths, strict=True
+        ):
             if width % block and config.method == "modelopt":
-                raise QuantizationError(f"expected {name} to be a multiple of the int4 block of {block} but got {width}")
+                raise QuantizationError(
+                    f"expected {name} to be a multiple of the int4 block of {block} but got {width}"
+                )
             if width % block:
                 raise QuantizationError(
                     f"expected --group-size to divide the {width} input features of {layer} but got {block}"
@@ -769,7 +769,10 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     else:
         config = replace(config, calib_data=None, calib_size=CALIB_SIZE, calib_length=None)
     add(repr(astuple(config)).encode())
-    kinds = [config.mode or "float" if config.method == "modelopt" else f"{config.method}-int{config.bits}", *([f"kv-{config.kv_cache_dtype}"] if config.kv_cache_dtype != "float16" else [])]
+    kinds = [
+        config.mode or "float" if config.method == "modelopt" else f"{config.method}-int{config.bits}",
+        *([f"kv-{config.kv_cache_dtype}"] if config.kv_cache_dtype != "float16" else []),
+    ]
     return f"{'-'.join(kinds)}-{digest.hexdigest()[:20]}"
 
 

@@ -655,7 +655,8 @@ class Checkpoint:
             Of a quantized layer, the values that its integers stand for, which quantizing by the scales that follow
             gives back exactly, and "weight_scale", "input_scale", "pre_quant_scale" as the mode has them, where one
             element stands for the whole tensor with shape (). In int4-weight-only the weight is (in, out) and its
-            scales (in / block_size, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of shape ().
+            scales (in / block_size, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of
+            shape ().
 
         Raises:
             CheckpointError: a finite value overflows `dtype` (the tensor is named), a scale is not a positive number,

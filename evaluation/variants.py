@@ -23,6 +23,13 @@ DTYPE = "data type"
 WORDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     **{dtype: (DTYPE, {}) for dtype in PARAMETER_DTYPES},
     **{mode: ("quantization mode", {"mode": mode}) for mode in quantization.MODES},
+    **{
+        f"{method}-int{bits}": ("quantization mode", {"method": method, "bits": bits})
+        for method in ("rtn", "gptq")
+        for bits in quantization.MODE_OF_BITS
+    },
+    **{f"group-{size}": ("group size", {"group_size": size}) for size in (16, 32, 48, 64, 96, 128, 192, 256)},
+    "no-clipping": (None, {"clipping": False}),
     "lm-head": (None, {"quant_lm_head": True}),
     "embeddings": (None, {"quant_lm_head": True, "quant_embeddings": True}),
     "per-channel": (None, {"per_channel": True}),

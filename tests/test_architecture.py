@@ -44,6 +44,7 @@ PROGRAMS = (
     "response",
     "qat",
     "quantization",
+    "gptq",
     "compression",
     "tokenizer",
     "weight_loader",
@@ -91,8 +92,9 @@ ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}
 
 #: Third-party packages on which the unquantized path of a program must not depend.
 HEAVY = {"torch", "transformers", "gradio"}
-#: Those that are nothing without them: the page is imported by demo.py once it is sure that Gradio is there.
-EAGER = ("train", "page")
+#: Those that are nothing without them: demo.py imports the page once it is sure that Gradio is there, quantization.py
+#: gptq.py where it quantizes.
+EAGER = ("page", "gptq")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def llmcompressors(
 
 @pytest.mark.parametrize("group_size", [None, 32, 96])
 @pytest.mark.parametrize("bits", gptq.BITS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_as_good_as_modelopts(seed: int, bits: int, group_size: int | None) -> None:
     weight, inputs, hessian = random_layer(seed)
     ours = gptq.quantize(weight, hessian, Grid(bits, group_size), act_order=False)
@@ -95,7 +95,7 @@ def test_as_good_as_modelopts(seed: int, bits: int, group_size: int | None) -> N
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [None, 32, 96])
 @pytest.mark.parametrize("bits", gptq.BITS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_as_good_as_llmcompressors(seed: int, bits: int, group_size: int | None, act_order: bool) -> None:
     weight, inputs, hessian = random_layer(seed)
     ours = gptq.quantize(weight, hessian, Grid(bits, group_size), act_order=act_order)
@@ -311,6 +311,8 @@ def test_layers_see_what_the_quantized_ones_before_them_give(tmp_path: Path) -> 
 def test_without_text_the_layers_are_rounded(tmp_path: Path) -> None:
     save_random(tmp_path, n_layer=1, n_head=4, n_embd=64, vocab_size=160, n_positions=24)
     model = load_torch_model(tmp_path)
-    weights = {linear: model.transformer.h[0].get_submodule(linear).weight.detach().T.clone() for linear in gptq.LINEARS}
+    weights = {
+        linear: model.transformer.h[0].get_submodule(linear).weight.detach().T.clone() for linear in gptq.LINEARS
+    }
     for layer, weight in zip(gptq.quantize_layers(model, Grid(4), None), weights.values(), strict=True):
         assert torch.equal(layer.integers, gptq.quantize(weight, None, Grid(4)).integers)

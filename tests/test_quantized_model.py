@@ -138,7 +138,6 @@ class Quantized:
         ("int8-weight-only", FULL_INT8 | {"tie_word_embeddings": False}),
         ("int4-weight-only", {}),
         ("int4-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
-        ("int4-weight-only", {"pre_quant_scale": False}),
         ("int4-weight-only", {"block_size": 64, "pre_quant_scale": False, "quant_lm_head": True}),
         ("int4-weight-only", {"block_size": 16, "quant_lm_head": True, "quant_embedding": True}),
         ("fp8", {}),
