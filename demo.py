@@ -144,8 +144,8 @@ def run(options: argparse.Namespace) -> None:
             facts.append(known)
     first = next(iter(tokens.values()))
     about = (
-        f"One prompt, {len(models)} variants of {Path(options.model_type).name}, the same seed. They take turns, a "
-        f"token each; a clock runs while its model has the machine: {machine.processor()}, {machine.usable_cores()} "
+        f"One prompt, {len(models)} variants of {Path(options.model_type).name}, the same seed. They take "
+        f"turns, and a clock runs while its model has the machine: {machine.processor()}, {machine.usable_cores()} "
         f"cores. Perplexity: on {len(first.predicted):,} bytes of {name}."
     )
     context = max(checkpoint.config.n_positions for _, checkpoint in variants)

@@ -35,7 +35,7 @@ def build(comparison: Comparison, facts: Sequence[Facts], about: str, context: i
         gr.HTML(f'<div class="intro"><h1>NanoGPT, side by side</h1><p>{escape(about)}</p></div>')
         prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=12, elem_id="prompt", autofocus=True)
         with gr.Row(elem_id="controls"):
-            seed = gr.Number(1, label="Seed", info="empty: a new one", elem_id="seed", min_width=150)
+            seed = gr.Number(1, label="Seed", info="empty: a new one", elem_id="seed", min_width=200)
             temperature = _slider("Temperature", "0: the likeliest", 0, 2, 0.8, 0.05)
             top_k = _slider("Top-k", "0: all tokens", 0, 100, 5)
             tokens = _slider("New tokens", "at most", 1, context, min(200, context))
@@ -87,6 +87,7 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> None:
         UsageError: it cannot be served there.
     """
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO)
+    theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
     try:
         blocks.launch(
             server_name=host,

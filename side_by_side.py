@@ -1,12 +1,12 @@
-"""One prompt, answered by several models side by side: they take turns, a token each.
+"""One prompt, answered by several models side by side: they take short turns.
 
 While a model has its turn it has the whole machine, and its clock runs then only. So all answers grow together, and
-yet each model's speed is its own.
+yet each model's speed is its own. A turn is a few tokens where models are fast: after each other's single tokens they
+would find cold caches and sleeping threads, and the fastest lose a third of their speed.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -21,6 +21,7 @@ from generation import CachedModel, Sampler, generate
 from response import Response, encode_prompt
 from tokenizer import Tokenizer
 
+TURN_SECONDS = 0.05  # of a model's own clock, or one token
 REFRESH_SECONDS = 0.08  # between two states of a page whose answers grow
 MAX_PROMPT_CHARACTERS = 100_000  # far more than any context holds: longer ones are not even tokenized
 
@@ -95,10 +96,10 @@ def answers(models: Sequence[Model], prompt: str, sampling: Sampling, stop: Even
         models: Each takes part in its own turn; no other thread may use their engines meanwhile.
         prompt: Not empty, and short enough for each of them.
         sampling: The same for all; each has its own random numbers from the same seed.
-        stop: Once it is set, the answers end after the round that is under way.
+        stop: Once it is set, the answers end after the token that is under way.
 
     Yields:
-        The answers so far, in the order of ``models``, after every round. In the last ones all are done.
+        The answers so far, in the order of ``models``, after every turn. In the last ones all are done.
 
     Raises:
         UsageError: the prompt cannot be used, before anything is computed.
@@ -110,15 +111,10 @@ def answers(models: Sequence[Model], prompt: str, sampling: Sampling, stop: Even
         except (UsageError, ValueError) as error:  # ValueError: the tokenizer lacks a character of the prompt
             raise UsageError(f"{model.name}: {error}" if len(models) > 1 else str(error)) from None
     players = [_Player(model, ids, sampling) for model, ids in zip(models, prompts, strict=True)]
-    while not stop.is_set():
+    while not all(player.answer.is_done for player in players):
         for player in players:
-            player.play()
-        if all(player.answer.is_done for player in players):
-            break
-        yield [player.answer for player in players]
-    for player in players:
-        player.finish(is_stopped=True)
-    yield [player.answer for player in players]
+            player.play(stop)
+            yield [player.answer for player in players]
 
 
 class _Player:
@@ -130,15 +126,26 @@ class _Player:
         self._done: set[int] = set()
         self._steps = generate(model.engine, [ids], [sampling.sampler()], sampling.max_new_tokens, self._done)
 
-    def play(self) -> None:
-        """Adds a token, unless there is none to come."""
-        if self.answer.is_done:
-            return
+    def play(self, stop: Event) -> None:
+        """Takes a turn, which ends the answer where there are no more tokens to come or none are wanted."""
+        end = self._seconds() + TURN_SECONDS
+        while not self.answer.is_done:
+            if stop.is_set():
+                self._finish(is_stopped=True)
+                return
+            self._step()
+            if self._seconds() >= end:
+                return
+
+    def _seconds(self) -> float:
+        return (self.answer.first_token_seconds or 0.0) + self.answer.decode_seconds
+
+    def _step(self) -> None:
         started = time.perf_counter()
         drawn = next(self._steps, None)
         seconds = time.perf_counter() - started
         if drawn is None:
-            self.finish()
+            self._finish()
             return
         ((_, token),) = drawn
         answer, text = self.answer, self._response.push(token)
@@ -148,13 +155,12 @@ class _Player:
             answer = replace(answer, decode_seconds=answer.decode_seconds + seconds)
         self.answer = replace(answer, text=answer.text + text, tokens=answer.tokens + 1)
         if self._response.is_done:
-            self.finish()
+            self._finish()
 
-    def finish(self, is_stopped: bool = False) -> None:
-        """Ends the answer, if it has not ended, with the text that was held back."""
-        if not self.answer.is_done:
-            text = self.answer.text + self._response.finish()
-            self.answer = replace(self.answer, text=text, is_done=True, is_stopped=is_stopped)
+    def _finish(self, is_stopped: bool = False) -> None:
+        """Ends the answer with the text that was held back."""
+        text = self.answer.text + self._response.finish()
+        self.answer = replace(self.answer, text=text, is_done=True, is_stopped=is_stopped)
 
 
 # ---- the answers to pages --------------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ class Comparison:
         self._running[1].set()  # whoever was here before has gone
         self._running = (session, stop)
         try:
-            if not prompt or not prompt.strip():
+            if not prompt:
                 raise UsageError("expected a prompt but got an empty one")
             if len(prompt) > MAX_PROMPT_CHARACTERS:
                 raise UsageError(
@@ -241,6 +247,6 @@ def sampling_of(seed: Any, temperature: Any, top_k: Any, max_new_tokens: Any) ->
             raise UsageError(
                 f"expected the {name} to be a number but got {'nothing' if value is None else repr(value)}"
             )
-        if name != "temperature" and value != math.floor(value):
+        if name != "temperature" and value % 1 != 0:  # nor is infinity whole
             raise UsageError(f"expected the {name} to be a whole number but got {value}")
     return Sampling(int(values["seed"]), float(temperature), int(top_k), int(max_new_tokens))
