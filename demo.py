@@ -26,7 +26,7 @@ from evaluation.facts import Facts, facts_of
 from evaluation.text import Tokens, encode, read_text
 from evaluation.variants import WORDS, Variant, open_available, open_variants, parse_variant
 from quantization import QuantizationError
-from side_by_side import Comparison, Model
+from web.side_by_side import Comparison, Model
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 DEFAULT_VARIANTS = ("float16", "int8-weight-only", "int4-weight-only")
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     check_server(options.host, options.port)
-    import page
+    from web import page
 
     text, name = read_text(options.data, options.max_tokens)
     source = open_checkpoint(options.model_type, options.revision)

@@ -55,7 +55,8 @@ class Engine:
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences.
 
-        A new sequence begins at position 0, in the old one's memory: what the cache holds beyond a position is never read.
+        A new sequence begins at position 0, in the old one's memory: what the cache holds beyond a position is never
+        read.
 
         Args:
             idx: Token ids, (B, T) int32.

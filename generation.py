@@ -24,8 +24,10 @@ class CachedModel(Protocol):
     context: int
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Appends tokens (B, T) at ``position`` (B,), 0 for a new sequence; returns float32 logits (B, V) for each row's
-        token ``last``."""
+        """Appends tokens (B, T) at ``position`` (B,), 0 for a new sequence.
+
+        Returns float32 logits (B, V), those of each row's token ``last``.
+        """
 
 
 class Sampler:

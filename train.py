@@ -40,13 +40,13 @@ from transformers.utils import logging as transformers_logging
 import command_line
 import compression
 import quantization
-from batches import Batches, Dataset, load_dataset
 from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
 from quantization import QuantizationError
-from train_config import TrainConfig, parse_config
-from training_log import Evaluation, TrainingLog, say
-from training_state import STATE_FILE, load_state, save_model, save_state
+from training.batches import Batches, Dataset, load_dataset
+from training.config import TrainConfig, parse_config
+from training.log import Evaluation, TrainingLog, say
+from training.state import STATE_FILE, load_state, save_model, save_state
 from weight_loader import CheckpointError, open_checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -152,7 +152,7 @@ def quantization_aware() -> ModuleType:
     """
     try:
         with quantization.quiet():  # ModelOpt warns of every transformers that is newer than itself
-            return importlib.import_module("qat")
+            return importlib.import_module("training.qat")
     except ImportError as error:
         file = quantization.REQUIREMENTS.name
         raise UsageError(f"qat=True needs the packages of {file} ({error}): pip install -r {file}") from None

@@ -20,9 +20,9 @@ PORTABLE = ROOT / "portable" / "nvtripy_portable"
 #: The programs at the root and their parts, from top to bottom. Each may import those below it.
 PROGRAMS = (
     "demo",
-    "page",
-    "cards",
-    "side_by_side",
+    "web.page",
+    "web.cards",
+    "web.side_by_side",
     "example",
     "evaluate",
     "evaluation.chart",
@@ -34,15 +34,15 @@ PROGRAMS = (
     "evaluation.text",
     "evaluation.variants",
     "train",
-    "training_log",
-    "training_state",
-    "batches",
-    "train_config",
-    "corpus",
+    "training.log",
+    "training.state",
+    "training.batches",
+    "training.config",
+    "training.corpus",
     "engine",
     "generation",
     "response",
-    "qat",
+    "training.qat",
     "quantization",
     "gptq",
     "compression",
@@ -55,7 +55,7 @@ PROGRAMS = (
     "command_line",
 )
 #: They train, with torch; the other programs import it only where it is needed.
-TRAINING = ("train", "training_log", "training_state", "batches", "qat")
+TRAINING = ("train", "training.log", "training.state", "training.batches", "training.qat")
 #: What programs may use of the portable runtime.
 SURFACE = {"nvtripy_portable.engine_file", "nvtripy_portable.top_k.top_k"}
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
@@ -94,7 +94,7 @@ ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}
 HEAVY = {"torch", "transformers", "gradio"}
 #: Those that are nothing without them: demo.py imports the page once it is sure that Gradio is there, quantization.py
 #: gptq.py where it quantizes.
-EAGER = ("page", "gptq")
+EAGER = ("web.page", "gptq")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
 
 def test_every_module_has_its_place() -> None:
     """A new file has to be put somewhere in the order above before anything else can be said about it."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
+    packages = ("evaluation", "training", "web")
+    files = [*ROOT.glob("*.py"), *(file for package in packages for file in (ROOT / package).glob("*.py"))]
     assert {file for file in files if file.name != "__init__.py"} == set(map(program_file, PROGRAMS))
     assert {room_of(file) for file in portable_files()} == {*ROOMS, *DOOR}
 

@@ -21,10 +21,10 @@ from train_runs import FILES, VOCAB, make_text, tiny_config
 torch = pytest.importorskip("torch", reason="training needs requirements-train.txt")
 transformers = pytest.importorskip("transformers", reason="training needs requirements-train.txt")
 
-import corpus  # noqa: E402
 import train  # noqa: E402
-from batches import load_dataset  # noqa: E402
-from train_config import TrainConfig  # noqa: E402
+from training import corpus  # noqa: E402
+from training.batches import load_dataset  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

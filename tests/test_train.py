@@ -23,13 +23,13 @@ tokenizers = pytest.importorskip("tokenizers", reason="training needs requiremen
 
 from train_runs import FILES, VOCAB, make_text, tiny_config  # noqa: E402
 
-import corpus  # noqa: E402  they import the three above
 import train  # noqa: E402
-from batches import Batch, Batches, SubwordRegularizer, load_dataset  # noqa: E402
 from command_line import UsageError  # noqa: E402
-from train_config import TrainConfig, make_config, parse_config  # noqa: E402
-from training_log import Evaluation, TrainingLog  # noqa: E402
-from training_state import save_model  # noqa: E402
+from training import corpus  # noqa: E402  they import the three above
+from training.batches import Batch, Batches, SubwordRegularizer, load_dataset  # noqa: E402
+from training.config import TrainConfig, make_config, parse_config  # noqa: E402
+from training.log import Evaluation, TrainingLog  # noqa: E402
+from training.state import save_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "shakespeare"

@@ -13,12 +13,11 @@ from train_runs import make_text, tiny_config
 
 pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
 
-import corpus
-import qat
 import train
-from batches import load_dataset
 from modelopt_layout import DESCRIPTION_FILE
-from training_state import load_state
+from training import corpus, qat
+from training.batches import load_dataset
+from training.state import load_state
 from weight_loader import open_checkpoint
 
 
@@ -146,7 +145,7 @@ def test_a_float_run_is_not_resumed_in_int8(
 def test_without_modelopt(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "qat")
+    monkeypatch.delitem(sys.modules, "training.qat")
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     message = fails(tiny_config(dataset, tmp_path, qat=True), capsys)
     assert message.startswith("train.py: error: qat=True needs the packages of requirements-quant.txt (")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from train_config import TrainConfig, make_config
+from training.config import TrainConfig, make_config
 
 VOCAB = 320
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

@@ -6,9 +6,9 @@ python data/custom/prepare.py --input FILE [--tokenizer char|bpe] [--vocab-size 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where corpus.py lies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
-from corpus import Corpus, main
+from training.corpus import Corpus, main
 
 CORPUS = Corpus(
     folder=Path(__file__).resolve().parent, description="Make a tokenizer and token files from a text of your own."

@@ -6,9 +6,9 @@ python data/shakespeare_bpe/prepare.py [--input FILE] [--vocab-size N]
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where corpus.py lies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
-from corpus import Corpus, download_text, main
+from training.corpus import Corpus, download_text, main
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CORPUS = Corpus(

@@ -10,9 +10,9 @@ ones. That is why val.bin is the whole tenth, and there is no third part.
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where corpus.py lies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
-from corpus import Corpus, download_text, main
+from training.corpus import Corpus, download_text, main
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CORPUS = Corpus(

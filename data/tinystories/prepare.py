@@ -9,11 +9,11 @@ between its stories, as the authors' own files do.
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where corpus.py lies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
 from tqdm import tqdm
 
-from corpus import END_OF_TEXT, Corpus, UsageError, main
+from training.corpus import END_OF_TEXT, Corpus, UsageError, main
 
 REPOSITORY = "roneneldan/TinyStories"
 STORIES = 100_000  # of two million: 90 million characters, more than a small model can learn from in a day on a CPU

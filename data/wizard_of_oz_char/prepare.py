@@ -7,9 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where corpus.py lies
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
-from corpus import Corpus, download_text, main
+from training.corpus import Corpus, download_text, main
 
 URL = "https://www.gutenberg.org/cache/epub/55/pg55.txt"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from evaluation.facts import Facts
-from side_by_side import Answer
+from web.side_by_side import Answer
 
 UNKNOWN = "\N{EN DASH}"
 EMPTY = "&nbsp;"  # which takes the height of a line

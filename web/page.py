@@ -12,10 +12,10 @@ from typing import Any
 
 import gradio as gr
 
-from cards import STYLE, cards, line
 from command_line import UsageError, report
 from evaluation.facts import Facts
-from side_by_side import Comparison
+from web.cards import STYLE, cards, line
+from web.side_by_side import Comparison
 
 PROMPT = "What is the answer to life, the universe, and everything?"
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")

@@ -22,10 +22,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
 
-import qat
 import weight_loader
 from engine import config_of, load_model
 from quantization import QuantizationError
+from training import qat
 from weight_loader import open_checkpoint
 
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY - 1, (2, 24)))

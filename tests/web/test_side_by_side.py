@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tiny_checkpoints import CONTEXT, EOS, random_checkpoint, reciting_checkpoint, script_of
 
-import side_by_side
 from command_line import UsageError
 from engine import open_engine
 from generation import Sampler, generate
 from response import Response
-from side_by_side import Answer, Comparison, Model, Sampling, State, answers, sampling_of
 from tokenizer import load_tokenizer
+from web import side_by_side
+from web.side_by_side import Answer, Comparison, Model, Sampling, State, answers, sampling_of
 from weight_loader import open_checkpoint
 
 SCRIPT = "Whether 'tis nobler — said he — in the mind to suffer"

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 
 from command_line import UsageError
-from corpus import END_OF_TEXT
-from train_config import TrainConfig
+from training.config import TrainConfig
+from training.corpus import END_OF_TEXT
 
 
 @dataclass(frozen=True)

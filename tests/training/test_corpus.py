@@ -16,11 +16,11 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers", reason="preparing data needs requirements-train.txt")
 
-import corpus  # noqa: E402  it imports tokenizers
 from command_line import UsageError  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
+from training import corpus  # noqa: E402  it imports tokenizers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 NAMES = ("shakespeare_char", "shakespeare_bpe", "wizard_of_oz_char", "tinystories", "custom")
 FILES = {"train.bin", "val.bin", "test.bin", "tokenizer.json", "meta.json"}

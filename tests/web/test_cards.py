@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from cards import cards, line
 from evaluation.facts import Facts
-from side_by_side import Answer
+from web.cards import cards, line
+from web.side_by_side import Answer
 
 FACTS = [Facts("float16", 7_105_536, 16.0, 29.2531, 2.0193), Facts("int4 <b>", None, None, None, None)]
 ANSWERS = [

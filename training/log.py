@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import picture
 from command_line import UsageError
-from train_config import TrainConfig
+from training.config import TrainConfig
 
 PLOT_FILE = "loss.png"
 REQUIREMENTS = "requirements-train.txt"

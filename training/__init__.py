@@ -1,0 +1,1 @@
+"""A text → batches → a HuggingFace folder: what train.py and data/*/prepare.py are made of."""
