@@ -1,6 +1,6 @@
 """A local web page on which several variants of a GPT-2 answer the same prompt side by side.
 
-    python demo.py --variants float16 int8-weight-only int4-weight-only
+    python demo.py --variants float16 rtn-int4 gptq-int4
 
 Each variant's answer streams into a card of its own, under its speed, its size in memory and its perplexity on a text.
 The perplexity is measured once and kept. The variants are named as for evaluate.py. The page is served to this machine
@@ -29,7 +29,7 @@ from quantization import QuantizationError
 from web.side_by_side import Comparison, Model
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
-DEFAULT_VARIANTS = ("float16", "int8-weight-only", "int4-weight-only")
+DEFAULT_VARIANTS = ("float16", "rtn-int4", "gptq-int4")
 PORT = 7860
 REQUIREMENTS = "requirements-demo.txt"
 
