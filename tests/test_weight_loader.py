@@ -222,6 +222,7 @@ def test_config(tmp_path: Path) -> None:
         **{"tie_word_embeddings": False, "eos_token_id": 7},
         **{"quant_mode": None, "quant_lm_head": False, "quant_embedding": False, "quant_position_embedding": False},
         **{"per_channel": True, "per_token": False, "kv_cache_dtype": None},
+        **{"block_size": 128, "pre_quant_scale": True},
     }
     edit_config(tmp_path, eos_token_id=50256)
     assert open_checkpoint(tmp_path).config.eos_token_id is None
