@@ -30,6 +30,9 @@ class Record:
     cold: list[float] = field(default_factory=list)  # seconds from the start of the process to the first token
     warm: list[float] = field(default_factory=list)  # the same, from a saved engine; only ours has one
     peak: list[int] = field(default_factory=list)  # bytes
+    # Bytes/s that the machine read from memory right before and after decoding at the reference context: the mean.
+    # Only ours has it.
+    bandwidth: list[float] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -114,8 +117,8 @@ def text(run: Run, markdown: bool) -> str:
     }
     parts.append("\n".join(["Weights:", *(f"- {note}" for note in notes)]))
     parts.append(
-        "Bandwidth: what a decoding step reads of our weights, times tokens/s, relative to what the machine reads from "
-        "memory; only where no cache holds the weights. "
+        "Bandwidth: what a decoding step reads of our weights, times tokens/s, relative to what the machine read from "
+        "memory right before and after; only where no cache holds the weights. "
         "Deviation: of the logits from those of transformers in float32, root mean square, relative."
     )
     return "\n\n".join(parts)
@@ -127,21 +130,23 @@ def _columns(records: Sequence[Record], which: str) -> list[int]:
 
 def _speeds(run: Run, records: Sequence[Record], markdown: bool) -> str:
     contexts = _columns(records, "decode")
-    reference = _reference_context(contexts)
+    reference = reference_context(contexts)
     header = ["width", "engine", *(f"decode @{c}, tokens/s" for c in contexts), f"bandwidth @{reference}", "deviation"]
     rows = []
     for record in records:
-        share = NOTHING
-        limit = run.limit(record.shape, record.width)
-        if record.peer == peers.OURS and limit is not None and record.decode.get(reference):
-            share = f"{statistics.median(record.decode[reference]) / limit:.0%}"
+        size = run.weight_bytes[record.shape][record.width]
+        shares = [
+            rate * size / bandwidth
+            for rate, bandwidth in zip(record.decode.get(reference, []), record.bandwidth, strict=False)
+        ]
+        share = f"{statistics.median(shares):.0%}" if shares and size > run.cache_bytes else NOTHING
         deviation = NOTHING if record.deviation is None else f"{record.deviation:.4f}"
         speeds = [shown(record.decode.get(context, [])) for context in contexts]
         rows.append([record.width, record.label, *speeds, share, deviation])
     return table(header, rows, markdown)
 
 
-def _reference_context(contexts: Sequence[int]) -> int:
+def reference_context(contexts: Sequence[int]) -> int:
     """64 tokens, or what is nearest: the cache is small there, and weights are nearly all that is read."""
     return min(contexts, key=lambda context: abs(context - 64))
 
@@ -236,7 +241,7 @@ def plot(run: Run, path: Path) -> None:
     for axis, shape in zip(axes[0], shapes, strict=True):
         records = [record for record in run.records if record.shape == shape]
         widths = list(dict.fromkeys(record.width for record in records))
-        context = _reference_context(_columns(records, "decode"))
+        context = reference_context(_columns(records, "decode"))
         bar = 0.8 / len(names)
         for place, name in enumerate(names):
             for group, width in enumerate(widths):

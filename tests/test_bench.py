@@ -221,10 +221,13 @@ def test_a_whole_run(cache: Path, tmp_path: Path) -> None:
 
 def records() -> list[Record]:
     return [
-        Record("tiny", "fp16", OURS, "fp16", 0.001, {64: [99.0, 100.0, 120.0]}, {64: [1000.0]}, [3.0], [0.5], [10**8]),
+        Record(
+            *("tiny", "fp16", OURS, "fp16", 0.001, {64: [99.0, 100.0, 120.0]}, {64: [1000.0]}, [3.0], [0.5], [10**8]),
+            bandwidth=[1.98e9, 4e9, 2e9],
+        ),
         Record("tiny", "fp16", "transformers", "float32", 0.0, {64: [20.0]}, {64: [500.0]}, [5.0], [], [4 * 10**8]),
         Record("tiny", "fp16", "transformers", "bfloat16", 0.01, {64: [40.0]}, {64: [250.0]}, [4.0], [], [5 * 10**8]),
-        Record("tiny", "int8", OURS, "int8", 0.01, {64: [200.0]}, {64: [1000.0]}, [3.0], [0.25], [5 * 10**7]),
+        Record("tiny", "int8", OURS, "int8", 0.01, {64: [200.0]}, {64: [1000.0]}, [3.0], [0.25], [5 * 10**7], [2e9]),
     ]
 
 
@@ -281,6 +284,6 @@ def test_the_report_names_everything(markdown: bool) -> None:
         "transformers bfloat16",
     ):
         assert part in text
-    assert "50%" in text  # 100 tokens/s of 10 MB each, of 2 GB/s
+    assert "50%" in text  # the middle round: 99 tokens/s of 10 MB each, of 1.98 GB/s
     assert text.count("%") == 1  # the cache holds int8's 5 MB
     assert "a scale for each row" in text
