@@ -24,7 +24,7 @@ import quantization
 from command_line import UsageError
 from evaluation.facts import Facts, facts_of
 from evaluation.text import Tokens, encode, read_text
-from evaluation.variants import WORDS, Variant, open_available, open_variants, parse_variant
+from evaluation.variants import Variant, add_variants_argument, open_available, open_variants, parse_variant
 from quantization import QuantizationError
 from web.side_by_side import Comparison, Model
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
@@ -42,13 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = command_line.Parser("demo.py", "Several variants of a GPT-2 on a local web page, side by side.")
     command_line.add_model_arguments(parser)
-    parser.add_argument(
-        "--variants",
-        metavar="V",
-        nargs="+",
-        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder, which they may follow "
-        f"(default: those of {' '.join(DEFAULT_VARIANTS)} that can be had)",
-    )
+    add_variants_argument(parser, DEFAULT_VARIANTS)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines, too (default %(default)s)")
     parser.add_argument("--port", metavar="N", type=int, default=PORT, help="(default %(default)s)")
     parser.add_argument(

@@ -34,7 +34,7 @@ from evaluation.perplexity import bits_per_byte, nats_of, perplexity
 from evaluation.speed import measure_speed, run_apart
 from evaluation.table import FORMATS, Result, Settings
 from evaluation.text import Tokens, encode, read_text
-from evaluation.variants import WORDS, Variant, open_available, open_variants, parse_variant
+from evaluation.variants import Variant, add_variants_argument, open_available, open_variants, parse_variant
 from evaluation.weights import compiled_weight_bytes, stored_weight_bytes
 from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
@@ -52,13 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = command_line.Parser("evaluate.py", "Compare variants of a GPT-2: perplexity, speed, size, memory.")
     command_line.add_model_arguments(parser)
-    parser.add_argument(
-        "--variants",
-        metavar="V",
-        nargs="+",
-        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder, which they may follow "
-        f"(default: those of {' '.join(DEFAULT_VARIANTS)} that can be had)",
-    )
+    add_variants_argument(parser, DEFAULT_VARIANTS)
     parser.add_argument(
         "--data",
         metavar="FILE|DATASET",

@@ -7,6 +7,7 @@ A new word takes one line of `WORDS`.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,17 @@ class Variant:
     dtype: str = "float16"
     quantization: QuantizationConfig | None = None
     folder: Path | None = None
+
+
+def add_variants_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """The option that names variants, for every program that takes it."""
+    parser.add_argument(
+        "--variants",
+        metavar="V",
+        nargs="+",
+        help=f"words of {', '.join(WORDS)}, joined by '+'; or a checkpoint folder, which they may follow "
+        f"(default: those of {' '.join(default)} that can be had)",
+    )
 
 
 def parse_variant(text: str, calibration: Mapping[str, Any] | None = None) -> Variant:
