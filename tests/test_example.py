@@ -171,7 +171,8 @@ def test_help_and_readme_name_the_same_options() -> None:
     assert {option for option, _ in table} == set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE))
     defaults = vars(example.parse_arguments([]))
     for option, default in table:
-        found = defaults[option[2:].replace("-", "_")]
+        name = option[2:].replace("-", "_")
+        found = defaults[name] if name in defaults else not defaults[name.removeprefix("no_")]
         if found in (None, False, []) or option in ("--seed", "--model-type"):
             assert re.fullmatch("[\\w ',;]+", default), f"README.md gives {option} the default {default!r}"
         else:
