@@ -207,7 +207,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     page.on("pageerror", lambda error: mistakes.append(str(error)))
     page.goto(server.url)
     page.wait_for_selector(".card")
-    page.wait_for_function("!document.querySelector('#go').disabled")
+    page.wait_for_function("document.querySelector('#go')?.disabled === false")
     yield page
     context.close()
     assert [url for url in foreign if not url.startswith(("data:", "blob:"))] == [] and mistakes == []
@@ -224,7 +224,8 @@ def fill(page: Any, name: str, value: str) -> None:
 
 def wait_until_done(page: Any) -> None:
     page.wait_for_function(
-        "document.querySelectorAll('.card.done').length == 2 && !document.querySelector('#go').disabled", timeout=60_000
+        "document.querySelectorAll('.card.done').length == 2 && document.querySelector('#go')?.disabled === false",
+        timeout=60_000,
     )
 
 
@@ -273,7 +274,7 @@ def test_stop_ends_the_answers(page: Any) -> None:
     fill(page, "prompt", "To be")
     page.click("#go")
     page.wait_for_selector(".card.running")
-    page.wait_for_function("!document.querySelector('#stop').disabled")
+    page.wait_for_function("document.querySelector('#stop')?.disabled === false")
     assert page.is_disabled("#go")
     page.click("#stop")
     wait_until_done(page)
