@@ -256,18 +256,19 @@ class Bench:
                 for turn in wanted:
                     for record, worker in list(workers):
                         # Memory that others use too is fast in one second and slow in the next.
-                        is_compared = record.peer == OURS and turn.length == reference_context
+                        is_compared = number >= 0 and record.peer == OURS and turn.length == reference_context
                         before = reader.call("measure") if is_compared else 0.0
                         try:
                             responses = worker.call("turn", tokens[: turn.length], turn.steps + 1)
-                            if number >= 0:
-                                _note(record, turn, responses)
-                                if is_compared:
-                                    record.bandwidth.append((before + reader.call("measure")) / 2)
                         except WorkerError as error:
                             self._leave_out(record, error)
                             worker.close()
                             workers.remove((record, worker))
+                        else:
+                            if number >= 0:
+                                _note(record, turn, responses)
+                            if is_compared:
+                                record.bandwidth.append((before + reader.call("measure")) / 2)
                         progress.update()
         for _, worker in workers:
             worker.close()

@@ -59,10 +59,15 @@ class Run:
     cache_bytes: int  # of the last-level cache
     records: list[Record]
 
+    def bytes_read(self, shape: str, width: str) -> int | None:
+        """What a decoding step of ours reads of the weights from memory; None where a cache holds them."""
+        size = self.weight_bytes[shape][width]
+        return size if size > self.cache_bytes else None
+
     def limit(self, shape: str, width: str) -> float | None:
         """Tokens/s at which reading our weights takes all the bandwidth; None where a cache holds them."""
-        size = self.weight_bytes[shape][width]
-        return statistics.median(self.bandwidth) / size if self.bandwidth and size > self.cache_bytes else None
+        size = self.bytes_read(shape, width)
+        return statistics.median(self.bandwidth) / size if self.bandwidth and size else None
 
 
 def shown(values: Sequence[float], digits: int | None = None) -> str:
@@ -134,12 +139,11 @@ def _speeds(run: Run, records: Sequence[Record], markdown: bool) -> str:
     header = ["width", "engine", *(f"decode @{c}, tokens/s" for c in contexts), f"bandwidth @{reference}", "deviation"]
     rows = []
     for record in records:
-        size = run.weight_bytes[record.shape][record.width]
-        shares = [
-            rate * size / bandwidth
-            for rate, bandwidth in zip(record.decode.get(reference, []), record.bandwidth, strict=False)
-        ]
-        share = f"{statistics.median(shares):.0%}" if shares and size > run.cache_bytes else NOTHING
+        share = NOTHING
+        size = run.bytes_read(record.shape, record.width)
+        if record.bandwidth and size:
+            rounds = zip(record.decode[reference], record.bandwidth, strict=True)
+            share = f"{statistics.median(rate * size / bandwidth for rate, bandwidth in rounds):.0%}"
         deviation = NOTHING if record.deviation is None else f"{record.deviation:.4f}"
         speeds = [shown(record.decode.get(context, [])) for context in contexts]
         rows.append([record.width, record.label, *speeds, share, deviation])

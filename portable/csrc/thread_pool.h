@@ -2,9 +2,9 @@
 //
 // A task is a number of units of work. Each thread, the caller among them, has a range of neighbouring ones, so that it reads
 // on in memory where it has just been, and asks for what it will need itself; who has finished takes over units from the ends
-// of the others' ranges. The caller goes on as soon as the units are done, not when all workers have come by: one that the system has put aside, because other programs
-// want its core, holds nobody up unless it is in the middle of a unit. Which thread computes a unit never changes what comes
-// out.
+// of the others' ranges. The caller goes on as soon as the units are done, not when all workers have come by: one that the
+// system has put aside, because other programs want its core, holds nobody up unless it is in the middle of a unit. Which
+// thread computes a unit never changes what comes out.
 #pragma once
 
 #include <algorithm>

@@ -558,10 +558,11 @@ def test_activation(rng: np.random.Generator, operation: str, dtype: np.dtype[An
     if operation.startswith("kGELU") or operation == "kSOFTSIGN":
         operand.flat[3:5] = 1  # 0 * infinity
     for values in (operand, operand[:0], operand[9, 9:10].reshape(())):
-        expected = function(to_torch(values).float(), *parameters).to(to_torch(values).dtype)
+        # In float64: torch's own GELU in float32 is off by up to 1.2e-6.
+        expected = function(to_torch(values).double(), *parameters).to(to_torch(values).dtype)
         result = reference.activation(values, operation=operation, **attributes)
         # The tail of GELU is a difference of nearly equal numbers: absolute, it is as exact as its terms.
-        check(result, expected, rtol=2e-6 if dtype == F32 else None, atol=2e-6)
+        check(result, expected, rtol=2e-6 if dtype == F32 else None, atol=1e-6)
 
 
 def test_activation_of_integers(rng: np.random.Generator) -> None:

@@ -71,6 +71,19 @@ def loss_of(model: GPT2LMHeadModel) -> torch.Tensor:
     return F.cross_entropy(model(IDS[:, :-1], use_cache=False).logits.flatten(0, 1), IDS[:, 1:].flatten())
 
 
+def learn(model: GPT2LMHeadModel, steps: int, **settings: float) -> list[float]:
+    """Trains with AdamW of these settings; returns the loss before each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def tied(request: pytest.FixtureRequest) -> bool:
     return request.param
@@ -120,14 +133,7 @@ def test_training_moves_what_rounding_hides() -> None:
     """Steps far smaller than a step of int8 add up behind the rounding, and the loss falls."""
     model = new_model()
     qat.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    losses = []
-    for _ in range(30):
-        loss = loss_of(model)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = learn(model, 30, weight_decay=0.0)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -178,11 +184,7 @@ def test_the_stored_integers_are_those_that_the_model_computes_with(tied: bool, 
 def test_the_folder_gives_the_trained_models_logits(tied: bool, tmp_path: Path, dtype: str, tolerance: float) -> None:
     model = new_model(tie_word_embeddings=tied)
     qat.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(3):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, 3)
     expected = logits_of(model)
     qat.export(model, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
@@ -231,11 +233,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_checkpoint(path / "tokenizer")
     model = new_model()
     qat.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(20):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, 20)
     qat.export(model, path / "int8")
     for file in weight_loader.TOKENIZER_FILES:
         if (path / "tokenizer" / file).is_file():

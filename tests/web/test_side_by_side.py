@@ -162,9 +162,15 @@ def test_controls_as_a_browser_sends_them() -> None:
 CONTROLS = (1, 0.8, 5, 40)
 
 
-def test_states_of_a_page(models: list[Model], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def every_token_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns are of one token, and the page gets a state after each."""
     monkeypatch.setattr(side_by_side, "REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(side_by_side, "TURN_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("every_token_shows")
+def test_states_of_a_page(models: list[Model]) -> None:
     *running, last = Comparison(models).start("page", "To be", *CONTROLS)
     assert running and all(state.is_running and not state.is_error for state in running)
     assert not last.is_running and last.line == "Seed 1"
@@ -197,9 +203,8 @@ def test_a_failing_model_is_a_line(models: list[Model], capsys: pytest.CaptureFi
     assert "Traceback" in capsys.readouterr().err, "for whoever runs the program"
 
 
-def test_only_a_page_itself_stops_its_answers(models: list[Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(side_by_side, "TURN_SECONDS", 0.0)
+@pytest.mark.usefixtures("every_token_shows")
+def test_only_a_page_itself_stops_its_answers(models: list[Model]) -> None:
     comparison = Comparison(models)
     states = comparison.start("one", "To be", *CONTROLS)
     next(states)
@@ -210,9 +215,8 @@ def test_only_a_page_itself_stops_its_answers(models: list[Model], monkeypatch: 
     assert last.answers is not None and all(answer.is_stopped for answer in last.answers)
 
 
-def test_a_page_that_has_gone_does_not_disturb_the_next(models: list[Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(side_by_side, "TURN_SECONDS", 0.0)
+@pytest.mark.usefixtures("every_token_shows")
+def test_a_page_that_has_gone_does_not_disturb_the_next(models: list[Model]) -> None:
     comparison = Comparison(models)
     gone = comparison.start("gone", "Other words", *CONTROLS)
     next(gone)
