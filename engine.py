@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import re
@@ -19,6 +18,7 @@ import nvtripy as tp
 import model as model_module
 from model import GPT, GPTConfig
 from nvtripy_portable import engine_file
+from nvtripy_portable.decoder import Decoder
 from weight_loader import Checkpoint
 
 
@@ -43,14 +43,21 @@ class Engine:
         executable: What :func:`compile_model` returned.
         config: The model's configuration.
         batch: How many sequences it was compiled for.
+
+    Raises:
+        EngineError: the environment asks the portable runtime for what it does not have.
     """
 
     @stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
         self.executable = executable
-        self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
-        self._inputs: dict[tuple[str, tuple[int, ...]], _Input] = {}
+        try:
+            self._decoder = Decoder.of(executable)
+        except ValueError as error:
+            raise EngineError(str(error)) from None
+        if self._decoder is None:
+            self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences.
@@ -66,41 +73,14 @@ class Engine:
         Returns:
             Float32 logits, (B, V).
         """
-        idx, position, last = (
-            self._input(name, array) for name, array in (("idx", idx), ("position", position), ("last", last))
-        )
-        logits, self._cache = self.executable(idx, position, self._cache, last)
+        if self._decoder is not None:
+            return self._decoder.step(idx, position, last)
+        logits, self._cache = self.executable(_to_device(idx), _to_device(position), self._cache, _to_device(last))
         return _to_host(logits)
 
-    def _input(self, name: str, array: np.ndarray) -> tp.Tensor:
-        """The array as a tensor on the device. It holds until the next input of that name and shape."""
-        key = (name, array.shape)
-        if key not in self._inputs:
-            # Of each name one shape is kept: the one that decoding gives it again and again.
-            self._inputs = {kept: value for kept, value in self._inputs.items() if kept[0] != name}
-            self._inputs[key] = _Input(array)
-        return self._inputs[key].holding(array)
 
-
-class _Input:
-    """A tensor on the device whose numbers can be replaced, which is ten times faster than making another one."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._tensor = tp.copy(tp.Tensor(np.ascontiguousarray(array)), tp.device("gpu"))
-        try:
-            self._view = np.from_dlpack(self._tensor)
-        except (BufferError, RuntimeError, TypeError):  # the device has a memory of its own
-            self._memory = None
-            return
-        # NumPy's views through DLPack are read-only.
-        buffer = (ctypes.c_uint8 * self._view.nbytes).from_address(self._view.ctypes.data)
-        self._memory = np.frombuffer(memoryview(buffer), self._view.dtype).reshape(self._view.shape)
-
-    def holding(self, array: np.ndarray) -> tp.Tensor:
-        if self._memory is None:
-            return tp.copy(tp.Tensor(np.ascontiguousarray(array)), tp.device("gpu"))
-        self._memory[...] = array
-        return self._tensor
+def _to_device(array: np.ndarray) -> tp.Tensor:
+    return tp.copy(tp.Tensor(np.ascontiguousarray(array)), tp.device("gpu"))
 
 
 def _to_host(tensor: tp.Tensor) -> np.ndarray:
@@ -168,7 +148,8 @@ def open_engine(
     same nvtripy.
 
     Raises:
-        EngineError: ``folder`` cannot be read or written.
+        EngineError: ``folder`` cannot be read or written, or the environment asks the portable runtime for what it does
+            not have.
         CheckpointError: the checkpoint's weights cannot be loaded.
     """
     config = config_of(checkpoint, dtype)
@@ -182,6 +163,8 @@ def open_engine(
             engine = Engine(_load(path, config, batch), config, batch)
             report(f"opened {path}")
             return engine
+        except EngineError:  # nothing that building it again would help
+            raise
         except Exception as error:
             # Any damage ends here, whatever nvtripy or the runtime make of it: the engine can always be built again.
             # nvtripy puts the source line before what it says of it.

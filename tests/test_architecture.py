@@ -57,14 +57,19 @@ PROGRAMS = (
 #: They train, with torch; the other programs import it only where it is needed.
 TRAINING = ("train", "training.log", "training.state", "training.batches", "training.qat")
 #: What programs may use of the portable runtime.
-SURFACE = {"nvtripy_portable.engine_file", "nvtripy_portable.top_k.top_k"}
+SURFACE = {
+    "nvtripy_portable.engine_file",
+    "nvtripy_portable.decoder.Decoder",
+    "nvtripy_portable.sampling.draw",
+}
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
 LOOKS_INSIDE = ("evaluate", "evaluation.speed", "evaluation.weights")
 
 #: The rooms of the portable runtime, from top to bottom. Each may import those below it and the modules of its own.
 ROOMS = (
     "engine_file",
-    "top_k",
+    "decoder",
+    "sampling",
     "bindings",
     "compiler",
     "passes",
@@ -83,7 +88,7 @@ ROOMS = (
     "dims",
 )
 #: The rooms that know the compiled module.
-COMPILED = {"cpu": "_native", "top_k": "_native"}
+COMPILED = {"cpu": "_native", "sampling": "_native"}
 #: Outside the house: they make `import nvtripy` find it, and import none of its rooms.
 DOOR = ("__init__", "__main__", "importing", "stack_info")
 
@@ -217,7 +222,7 @@ def test_the_portable_runtime_stands_on_its_own(file: Path) -> None:
         allowed = {"nvtripy_portable", "nvtripy"}
     if room_of(file) == "bindings":
         allowed |= {"mlir_tensorrt"}
-    if room_of(file) == "engine_file":
+    if room_of(file) in ("engine_file", "decoder"):
         allowed |= {"nvtripy"}
     for imported in imports(file, package_of(file)):
         if third_party(imported.module):

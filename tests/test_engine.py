@@ -438,3 +438,28 @@ def test_start_forgets(place: Path, logits: np.ndarray) -> None:
     assert_gives(engine, logits)
     assert_gives(engine, logits)
     assert engine.context == CONTEXT and engine.batch == 1
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nvtripys_own_call_gives_the_same(place: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """As NVIDIA's runtime is called, and ours where it interprets."""
+    checkpoint = open_checkpoint(place / "model")
+    direct = open_engine(checkpoint, "float32", batch)
+    monkeypatch.setattr(engine_module.Decoder, "of", lambda executable: None)
+    public = Engine(direct.executable, engine_module.config_of(checkpoint, "float32"), batch)
+    position = np.zeros(batch, np.int32)
+    for length in (4, 1, 1, 2, 1):
+        tokens = (np.arange(batch * length, dtype=np.int32).reshape(batch, length) * 7 + position[:, None]) % 11
+        last = np.full(batch, length - 1, np.int32)
+        np.testing.assert_array_equal(public.step(tokens, position, last), direct.step(tokens, position, last))
+        position = position + np.int32(length)
+
+
+def test_an_environment_that_asks_for_what_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and no engine is built again for it."""
+    pytest.importorskip("nvtripy_portable._native", reason="the native executor is not built")
+    reports: list[str] = []
+    monkeypatch.setenv("NVTRIPY_PORTABLE_ISA", "sse9")
+    with pytest.raises(EngineError, match=r"^expected NVTRIPY_PORTABLE_ISA to be one of .* but got 'sse9'$"):
+        open_engine(open_checkpoint(place / "model"), "float32", 1, place / "engines", reports.append)
+    assert reports == []

@@ -33,10 +33,18 @@ inline void score_tile(const float* const* q, const typename Numbers::Stored* ke
         for (int j = 0; j < kKeys; ++j) scores[t * kKeyChunk + j] = sum(sums[t][j]) * score_scale;
 }
 
-// sums[t, d] += weights[t, j] * value j, over `count` values and kVectors * W of the head's dimensions.
+template <class Stored>
+inline void prefetch_rows(const Stored* from, int64_t count) {
+    const auto* bytes = reinterpret_cast<const char*>(from);
+    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(Stored)); i += 64) prefetch(bytes + i);
+}
+
+// sums[t, d] += weights[t, j] * value j, over `count` values and kVectors * W of the head's dimensions. Meanwhile the next
+// keys come.
 template <class Numbers, int kQueries, int kVectors>
 inline void value_tile(const float* weights, const typename Numbers::Stored* values, int64_t row_stride, int64_t count,
-                       int64_t dimensions, int64_t d, Partial* partials) {
+                       int64_t dimensions, int64_t d, NextKeys next, Partial* partials) {
+    const auto* keys = static_cast<const typename Numbers::Stored*>(next.rows);
     const bool whole = dimensions >= kVectors * W;
     F sums[kQueries][kVectors];
     for (int t = 0; t < kQueries; ++t)
@@ -44,6 +52,7 @@ inline void value_tile(const float* weights, const typename Numbers::Stored* val
             sums[t][v] = whole ? load(partials[t].sums + d + v * W) : load_part<F32>(partials[t].sums + d, dimensions);
     for (int64_t j = 0; j < count; ++j) {
         const auto* row = values + j * row_stride + d;
+        if (j < next.count) prefetch_rows(keys + j * row_stride, row_stride);
         for (int v = 0; v < kVectors; ++v) {
             const F value = whole ? Numbers::load(row + v * W) : load_part<Numbers>(row, dimensions);
             for (int t = 0; t < kQueries; ++t)
@@ -96,23 +105,18 @@ inline void weigh(float* scores, int64_t seen, int64_t count, int64_t head_size,
     for (int64_t j = larger<int64_t>(seen, 0); j < count; ++j) scores[j] = 0;
 }
 
-template <class Stored>
-inline void prefetch_rows(const Stored* from, int64_t count) {
-    const auto* bytes = reinterpret_cast<const char*>(from);
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(Stored)); i += 64) prefetch(bytes + i);
-}
-
 template <class Numbers, int kQueries>
 inline void attend_to(const Attention& attention, const float* const* q, const int64_t* seen, const void* all_keys,
-                      const void* all_values, int64_t row_stride, int64_t begin, int64_t end, Partial* partials,
-                      float* scores) {
+                      const void* all_values, int64_t row_stride, int64_t begin, int64_t end, NextKeys next,
+                      Partial* partials, float* scores) {
     using Stored = typename Numbers::Stored;
     const auto* keys = static_cast<const Stored*>(all_keys) + begin * row_stride;
     const auto* values = static_cast<const Stored*>(all_values) + begin * row_stride;
     const int64_t count = end - begin;
     constexpr int kKeys = kQueries > 2 && W < 16 ? 2 : 4;
-    // A head's rows lie in two short runs of memory, too short for the CPU to notice: they are asked for here, keys some
-    // rows before their scores and values before all weights are known.
+    // A head's rows lie in two short runs of memory, too short for the CPU to notice: they are asked for here, values while
+    // keys are scored, and the next call's keys while values are summed. The first call's own come some rows before their
+    // scores.
     constexpr int kRowsAhead = 16;
     prefetch_rows(keys, smaller<int64_t>(kRowsAhead, count) * row_stride);
     int64_t j = 0;
@@ -129,35 +133,40 @@ inline void attend_to(const Attention& attention, const float* const* q, const i
         weigh(scores + t * kKeyChunk, smaller(seen[t] - begin, count), count, attention.head_size, partials[t]);
     constexpr int kVectors = kQueries > 2 && W < 16 ? 2 : 4;
     int64_t d = 0;
-    for (; d + kVectors * W <= attention.head_size; d += kVectors * W)
-        value_tile<Numbers, kQueries, kVectors>(scores, values, row_stride, count, kVectors * W, d, partials);
-    for (; d < attention.head_size; d += W)
+    for (; d + kVectors * W <= attention.head_size; d += kVectors * W) {
+        value_tile<Numbers, kQueries, kVectors>(scores, values, row_stride, count, kVectors * W, d, next, partials);
+        next.count = 0;
+    }
+    for (; d < attention.head_size; d += W) {
         value_tile<Numbers, kQueries, 1>(scores, values, row_stride, count, smaller<int64_t>(W, attention.head_size - d),
-                                         d, partials);
+                                         d, next, partials);
+        next.count = 0;
+    }
 }
 
 template <class Numbers>
 inline void attend_as(const Attention& attention, const float* const* q, int64_t queries, const int64_t* seen,
                       const void* keys, const void* values, int64_t row_stride, int64_t begin, int64_t end,
-                      Partial* partials, float* scores) {
+                      NextKeys next, Partial* partials, float* scores) {
     switch (queries) {
-        case 1: attend_to<Numbers, 1>(attention, q, seen, keys, values, row_stride, begin, end, partials, scores); break;
-        case 2: attend_to<Numbers, 2>(attention, q, seen, keys, values, row_stride, begin, end, partials, scores); break;
-        case 3: attend_to<Numbers, 3>(attention, q, seen, keys, values, row_stride, begin, end, partials, scores); break;
-        default: attend_to<Numbers, 4>(attention, q, seen, keys, values, row_stride, begin, end, partials, scores); break;
+        case 1: attend_to<Numbers, 1>(attention, q, seen, keys, values, row_stride, begin, end, next, partials, scores); break;
+        case 2: attend_to<Numbers, 2>(attention, q, seen, keys, values, row_stride, begin, end, next, partials, scores); break;
+        case 3: attend_to<Numbers, 3>(attention, q, seen, keys, values, row_stride, begin, end, next, partials, scores); break;
+        default: attend_to<Numbers, 4>(attention, q, seen, keys, values, row_stride, begin, end, next, partials, scores); break;
     }
 }
 
 inline void attend(const Attention& attention, const float* const* q, int64_t queries, const int64_t* seen,
                    const void* keys, const void* values, int64_t row_stride, int64_t begin, int64_t end,
-                   Partial* partials, float* scores) {
+                   NextKeys next, Partial* partials, float* scores) {
     for (; begin < end; begin += kKeyChunk) {
         const int64_t to = smaller(begin + kKeyChunk, end);
+        const NextKeys then = to < end ? NextKeys{} : next;
         switch (attention.dtype) {
-            case Dtype::f32: attend_as<F32>(attention, q, queries, seen, keys, values, row_stride, begin, to, partials, scores); break;
-            case Dtype::f16: attend_as<F16>(attention, q, queries, seen, keys, values, row_stride, begin, to, partials, scores); break;
-            case Dtype::bf16: attend_as<BF16>(attention, q, queries, seen, keys, values, row_stride, begin, to, partials, scores); break;
-            default: attend_as<I8>(attention, q, queries, seen, keys, values, row_stride, begin, to, partials, scores); break;
+            case Dtype::f32: attend_as<F32>(attention, q, queries, seen, keys, values, row_stride, begin, to, then, partials, scores); break;
+            case Dtype::f16: attend_as<F16>(attention, q, queries, seen, keys, values, row_stride, begin, to, then, partials, scores); break;
+            case Dtype::bf16: attend_as<BF16>(attention, q, queries, seen, keys, values, row_stride, begin, to, then, partials, scores); break;
+            default: attend_as<I8>(attention, q, queries, seen, keys, values, row_stride, begin, to, then, partials, scores); break;
         }
     }
 }

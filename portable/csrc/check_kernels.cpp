@@ -1,6 +1,7 @@
 // Runs the kernels over odd shapes on every instruction set of this CPU, on one to three threads, each array in an
 // allocation of its own: what the sanitizers are to look at. Says what differs from plain loops; ends with 1 if anything
 // does. The thorough comparison is tests/portable/test_kernels.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #include "isa.h"
 #include "program.h"
+#include "sampling.h"
 
 using namespace nvtripy_portable;
 
@@ -176,6 +178,15 @@ void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t wid
     }
 }
 
+// With a uniform number of 0, the one that is drawn is the first of the largest.
+void check_draw(const Kernels& kernels, int64_t count, int64_t k) {
+    const std::vector<float> logits = floats(count);
+    const int64_t first = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    expect("draw", kernels.name, double(draw(kernels, logits.data(), count, 0.0, 0.8, k, 0.9)), double(first), 0);
+    const int64_t last = draw(kernels, logits.data(), count, 0.999999, 1e9, k, std::nullopt);
+    expect("a draw's rank", kernels.name, double(largest(kernels, logits.data(), count, k).back()), double(last), 0);
+}
+
 }  // namespace
 
 int main() {
@@ -183,6 +194,8 @@ int main() {
         const Kernels& kernels = kernels_for(name);
         for (const int threads : {1, 3}) {
             ThreadPool::instance().set_threads(threads);
+            for (const int64_t count : {1, 127, 128, 129, 1000})
+                for (const int64_t k : {1, 5, 2000}) check_draw(kernels, count, k);
             for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::i8, Dtype::i4, Dtype::f8}) {
                 for (const int64_t tokens : {1, 3, 4, 5, 9}) {
                     for (const int64_t width : {1, 31, 515}) check_linear(kernels, dtype, tokens, 13, width, 0);

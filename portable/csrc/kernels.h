@@ -14,6 +14,11 @@ enum class Rounding : int { none, i8, f8 };
 
 constexpr int64_t kInputBlock = 128;  // inputs that share a scale where they are made integers
 
+// How far ahead of their use weights are asked for. Rows lie one behind the other and are read in that order, so this
+// reaches into the rows that come next. It takes more than a hundred nanoseconds to come, in which a core uses 4 KB. Who
+// calls asks for the first ones.
+constexpr int64_t kBytesAhead = 8192;
+
 // Rows of numbers as they are stored: (rows, width), int4 two a byte, the even one in the low half.
 struct Matrix {
     const void* data = nullptr;
@@ -65,6 +70,12 @@ struct Attention {
     float value_scale = 1;  // of stored values
 };
 
+// Keys that the next call is going to meet, to be asked for while there is nothing else to wait for.
+struct NextKeys {
+    const void* rows = nullptr;
+    int64_t count = 0;
+};
+
 // A softmax under way: weighted sum of values, its weights' sum, and the largest score so far.
 struct Partial {
     float* sums;  // (head_size,), not yet divided by `total`
@@ -114,7 +125,7 @@ struct Kernels {
     // seen[t]. Row strides are in elements.
     void (*attend)(const Attention& attention, const float* const* q, int64_t queries, const int64_t* seen,
                    const void* keys, const void* values, int64_t row_stride, int64_t begin, int64_t end,
-                   Partial* partials, float* scratch);
+                   NextKeys next, Partial* partials, float* scratch);
     // The whole softmax of up to kQueryBlock queries, q_stride apart, of which query t sees the first seen[t] keys, never
     // fewer than the one before; the scratch memory has attend_block_floats(head_size) floats.
     void (*attend_block)(const Attention& attention, const float* q, int64_t q_stride, int64_t queries,

@@ -1,5 +1,6 @@
 // The Python module nvtripy_portable._native. Arrays come as buffers of bytes: the lowering knows what is in them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +12,7 @@
 #include "cache_rows.h"
 #include "isa.h"
 #include "program.h"
+#include "sampling.h"
 
 namespace nb = nanobind;
 using namespace nvtripy_portable;
@@ -192,40 +194,12 @@ private:
     std::optional<Program> program_;
 };
 
-// The k largest of x, in falling order, the lower index first among equals: their indices. Blocks whose maximum is less
-// than the k-th largest maximum hold none of them.
-std::vector<int64_t> top_k(nb::handle array, int64_t k) {
-    constexpr int64_t kBlock = 128;
-    const Buffer buffer(array);
-    const float* x = buffer.as<const float>();
-    const int64_t count = buffer.bytes() / 4;
-    k = std::clamp<int64_t>(k, 0, count);
-    if (k == 0) return {};
+int64_t draw_one(nb::handle array, double uniform, double temperature, int64_t k, std::optional<double> top_p) {
+    const Buffer logits(array);
+    const int64_t count = logits.bytes() / 4;
+    if (count < 1 || k < 1) throw nb::value_error("expected at least one logit, and one to draw from");
     const nb::gil_scoped_release released;
-    const int64_t blocks = (count + kBlock - 1) / kBlock;
-    std::vector<float> maxima(static_cast<size_t>(blocks));
-    kernels_for("").block_maxima(x, count, kBlock, maxima.data());
-    float least = -std::numeric_limits<float>::infinity();
-    if (k < blocks) {
-        std::vector<float> order = maxima;
-        std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<>());
-        least = order[static_cast<size_t>(k - 1)];
-    }
-    std::vector<int64_t> candidates;
-    for (int64_t b = 0; b < blocks; ++b)
-        if (maxima[static_cast<size_t>(b)] >= least)
-            for (int64_t i = b * kBlock; i < std::min((b + 1) * kBlock, count); ++i)
-                if (!(x[i] < least)) candidates.push_back(i);
-    const auto comes_first = [x](int64_t a, int64_t b) {
-        // NaN last, so that the order is one.
-        const float p = x[a] == x[a] ? x[a] : -std::numeric_limits<float>::infinity();
-        const float q = x[b] == x[b] ? x[b] : -std::numeric_limits<float>::infinity();
-        return p > q || (p == q && a < b);
-    };
-    k = std::min<int64_t>(k, static_cast<int64_t>(candidates.size()));
-    std::partial_sort(candidates.begin(), candidates.begin() + k, candidates.end(), comes_first);
-    candidates.resize(static_cast<size_t>(k));
-    return candidates;
+    return draw(kernels_for(""), logits.as<const float>(), count, uniform, temperature, k, top_p);
 }
 
 // Reads an array of float32 on all threads, in units as large as a weight's.
@@ -284,6 +258,7 @@ NB_MODULE(_native, module) {
         exchange_rows(all.as<char>(), rows.as<char>(), at.as<const int32_t>(), halves, batch, heads, context, row_bytes,
                       length, restore);
     }, nb::arg("cache"), nb::arg("saved"), nb::arg("position"), nb::arg("length"), nb::arg("restore"));
-    module.def("top_k", &top_k, nb::arg("x"), nb::arg("k"));
+    module.def("draw", &draw_one, nb::arg("logits"), nb::arg("uniform"), nb::arg("temperature"), nb::arg("k"),
+               nb::arg("top_p") = nb::none());
     module.def("read_all", &read_all, nb::arg("isa"), nb::arg("array"));
 }

@@ -82,10 +82,6 @@ inline void panel_products(const Matrix& weight, const float* x, int64_t x_strid
     }
 }
 
-// How far ahead of their use weights are asked for. Rows lie one behind the other and are read in that order, so this
-// reaches into the rows that come next. It takes more than a hundred nanoseconds to come, in which a core uses 4 KB.
-constexpr int64_t kBytesAhead = 8192;
-
 // y[t, r] = x[t] . w[r] for kRows stored rows that lie one behind the other. Memory is read fastest from end to end: with
 // one or two tokens there is one row at a time, and more sums for each token instead, to keep the multipliers busy.
 template <class Numbers, int kTokens, int kRows>

@@ -216,9 +216,14 @@ void Program::linear(const Operation& operation, const Call&, ThreadPool& pool) 
         const int64_t rows = divide_up(std::max(by_bytes, divide_up(outputs, kUnits)), 12) * 12;
         const bool integer = takes_integers(operation), plain = is_plain(stage);
         const int64_t integer_floats = integer_row_floats(width);
-        // A few rows are prepared by every thread for itself: that is sooner done than waited for.
+        const int64_t units = divide_up(outputs, rows);
+        // A few rows are prepared by every thread for itself: that is sooner done than waited for. Its first weights come
+        // meanwhile.
         const auto prepare = [&](int thread) {
             float* own = memory_of(thread);
+            const char* first = static_cast<const char*>(weight.data) +
+                                pool.end_of_range(units, thread - 1) * rows * weight.row_bytes();
+            for (int64_t i = 0; i < kBytesAhead; i += 64) __builtin_prefetch(first + i, 0, 0);
             if (integer)
                 for (int64_t t = 0; t < tokens; ++t)
                     kernels_.prepare_integers(stage, weight.dtype, x.data + t * width, own + tokens * integer_floats,
@@ -226,7 +231,7 @@ void Program::linear(const Operation& operation, const Call&, ThreadPool& pool) 
             else if (!plain)
                 for (int64_t t = 0; t < tokens; ++t) kernels_.prepare(stage, x.data + t * width, own + t * wide);
         };
-        pool.each(divide_up(outputs, rows), prepare, [&](int64_t unit, int thread) {
+        pool.each(units, prepare, [&](int64_t unit, int thread) {
             float* own = memory_of(thread);
             const int64_t begin = unit * rows, end = std::min(begin + rows, outputs);
             if (integer) {
@@ -338,7 +343,7 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
         return std::clamp<int64_t>((position ? position[b] : 0) + t + 1, 0, cache.context);
     };
     const auto attend = [&](int64_t b, int64_t h, int64_t t, int64_t queries, int64_t begin, int64_t end,
-                            Partial* partials, float* own) {
+                            NextKeys next, Partial* partials, float* own) {
         const float* q[kQueryTile];
         int64_t seen[kQueryTile];
         for (int64_t i = 0; i < queries; ++i) {
@@ -349,7 +354,7 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
             partials[i].largest = -std::numeric_limits<float>::infinity();
         }
         kernels_.attend(form, q, queries, seen, rows_of(0, b, h), rows_of(1, b, h), size, begin,
-                        std::min(end, seen[queries - 1]), partials, own);
+                        std::min(end, seen[queries - 1]), next, partials, own);
     };
 
     if (length == 1) {
@@ -359,20 +364,26 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
         for (int64_t b = 0; b < batch; ++b) most = std::max(most, seen_by(b, 0));
         const int64_t chunks = std::max<int64_t>(divide_up(most, kKeyChunk), 1), floats = size + 2;
         const auto partial_of = [&](int64_t unit) { return shared_.data() + unit * floats; };
-        pool.each(batch * heads * chunks, [&](int64_t unit, int thread) {
+        const int64_t units = batch * heads * chunks;
+        // What is asked for while a unit is computed: the next one's keys, and the place of its value, unless that unit is
+        // another thread's.
+        const auto next_keys = [&](int64_t unit, int thread) -> NextKeys {
+            const int64_t next = unit + 1, b = next / chunks / heads, h = next / chunks % heads;
+            if (next >= pool.end_of_range(units, thread)) return {};
+            const int64_t begin = next % chunks * kKeyChunk, end = std::min(begin + kKeyChunk, seen_by(b, 0));
+            const int64_t row_bytes = size * number_bytes;
+            if (end > begin) __builtin_prefetch(rows_of(1, b, h) + (end - 1) * row_bytes, 1);
+            return {rows_of(0, b, h) + begin * row_bytes, end - begin};
+        };
+        pool.each(units, [&](int64_t unit, int thread) {
             float* own = memory_of(thread);
             float* sums = own + kAttendFloats;
             const int64_t b = unit / chunks / heads, h = unit / chunks % heads, chunk = unit % chunks;
             // The new row is in the last chunk that is seen; whoever comes to it writes it.
             const int64_t last = std::max<int64_t>(divide_up(seen_by(b, 0), kKeyChunk) - 1, 0);
-            // Where it goes for a head that is soon to follow; writing waits for the memory as reading does.
-            if (chunks == 1 && h + pool.team() < heads && position)
-                for (int half = 0; half < 2; ++half)
-                    __builtin_prefetch(rows_of(half, b, h + pool.team()) + seen_by(b, 0) * size * number_bytes -
-                                           size * number_bytes, 1);
             if (chunk == last) store(b, h);
             Partial partial{chunks == 1 ? sums : partial_of(unit) + 2, 0, 0};
-            attend(b, h, 0, 1, chunk * kKeyChunk, (chunk + 1) * kKeyChunk, &partial, own);
+            attend(b, h, 0, 1, chunk * kKeyChunk, (chunk + 1) * kKeyChunk, next_keys(unit, thread), &partial, own);
             if (chunks == 1) {
                 kernels_.divide(partial, value_scale, size, y.data + b * width + h * size);
             } else {
@@ -416,7 +427,7 @@ void Program::attention(const Operation& operation, const Call& call, ThreadPool
         const int64_t queries = std::min(kQueryTile, length - t);
         Partial partials[kQueryTile];
         for (int64_t i = 0; i < kQueryTile; ++i) partials[i].sums = own + kAttendFloats + i * padded(size);
-        attend(b, h, t, queries, 0, cache.context, partials, own);
+        attend(b, h, t, queries, 0, cache.context, {}, partials, own);
         for (int64_t i = 0; i < queries; ++i)
             kernels_.divide(partials[i], value_scale, size, y.data + (b * length + t + i) * width + h * size);
     });

@@ -81,10 +81,9 @@ void ThreadPool::share(Task task, int64_t units) {
     caller_core_.store(current_core(), std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     const uint32_t number = number_.load(std::memory_order_relaxed) + 1;
-    const int64_t threads = team();
-    for (int64_t thread = 0; thread < threads; ++thread)
+    for (int thread = 0; thread < team(); ++thread)
         ranges_[static_cast<size_t>(thread)].word.store(
-            range(number, units * thread / threads, units * (thread + 1) / threads), std::memory_order_release);
+            range(number, end_of_range(units, thread - 1), end_of_range(units, thread)), std::memory_order_release);
     number_.store(number);
     // Both in the one order that all threads agree on: either this sees who is about to sleep, or they see the number.
     if (sleepers_.load() > 0) wake_workers();

@@ -37,6 +37,9 @@ public:
     // Within `run`: how many threads share its tasks.
     int team() const { return static_cast<int>(workers_.size()) + 1; }
 
+    // Within `run`: where the range of a thread ends that shares `units` units with the others; it takes them in rising order.
+    int64_t end_of_range(int64_t units, int thread) const { return units * (thread + 1) / team(); }
+
     // Within `run`: calls work(unit, thread) for every unit in [0, units), and prepare(thread) before a thread's first one.
     // `thread` is a number below `team()`: of the scratch memory that it may use. Returns when all are done.
     template <class Prepare, class Work>

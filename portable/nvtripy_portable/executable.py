@@ -59,12 +59,21 @@ class Executable:
         Raises:
             ExecutionError: an operation failed on the shapes or values that reached it.
         """
+        runner = self.runner()
+        if isinstance(runner, Executor):
+            return runner.run(inputs)
+        arrays = [each.copy() if isinstance(each, Version) else each for each in inputs]
+        return [*interpreter.run(runner, arrays)]
+
+    def runner(self) -> Executor | Plan:
+        """The native program, or the plan where there is none.
+
+        Raises:
+            ExecutionError: the environment asks for an instruction set or a number of threads that cannot be.
+        """
         if self._runner is None:
             self._runner = Executor.of(self.graph) or Plan(self.graph)
-        if isinstance(self._runner, Executor):
-            return self._runner.run(inputs)
-        arrays = [each.copy() if isinstance(each, Version) else each for each in inputs]
-        return [*interpreter.run(self._runner, arrays)]
+        return self._runner
 
     def serialize(self) -> bytes:
         """The executable as bytes for :func:`deserialize`; within :func:`constants_apart` without its constants."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fused_graphs import WEIGHT_DTYPES, Shape, add_input, constant, linear_graph, model_graph, random_weight
 
-from nvtripy_portable import interpreter, reference, top_k
+from nvtripy_portable import interpreter, reference
 from nvtripy_portable.cpu.executor import Executor
 from nvtripy_portable.graph import DTYPES, Graph, Operation, TensorType
 from nvtripy_portable.plan import Plan
@@ -307,17 +307,6 @@ def test_a_model_in_half_precision(isa: str, weight_dtype: str, scales: str) -> 
     graph = model_graph(shape, weight_dtype=weight_dtype, scales=scales, cache_dtype=None, dtype="f16")
     ids = np.random.default_rng(0).integers(0, shape.vocabulary, (2, 50)).astype(np.int32)
     check(graph, [ids], {"rtol": 2e-2, "atol": 2e-2})
-
-
-@pytest.mark.parametrize("module", [native, None], ids=["native", "NumPy"])
-def test_top_k(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(top_k, "_native", module)
-    random = np.random.default_rng(5)
-    for count in (1, 5, 127, 128, 129, 50257):
-        for k in (1, 2, 5, 40, 500):
-            logits = random.integers(0, 50, count).astype(np.float32)  # with many equals
-            expected = np.argsort(-logits, kind="stable")[:k]
-            np.testing.assert_array_equal(top_k.top_k(logits, k), expected)
 
 
 def test_copies_leave_out_zeros() -> None:

@@ -18,7 +18,7 @@ class Executor:
     """A graph's native program."""
 
     def __init__(self, lowered: Lowered, module: object) -> None:
-        self._lowered = lowered
+        self.lowered = lowered
         self._module = module
 
     @staticmethod
@@ -43,7 +43,7 @@ class Executor:
         Raises:
             ExecutionError: a token id, a position or a row that is not in its table. Nothing is written then.
         """
-        lowered = self._lowered
+        lowered = self.lowered
         results: list[np.ndarray | Version] = []
         arrays = []
         for output in lowered.outputs:
@@ -74,7 +74,7 @@ class Executor:
         return results
 
     def _steps(self, inputs: Sequence[np.ndarray | Version]) -> list[Step]:
-        lowered = self._lowered
+        lowered = self.lowered
         steps = []
         for cache, position, (source, dimension) in zip(
             lowered.caches, lowered.positions, lowered.lengths, strict=True
@@ -91,9 +91,9 @@ class Executor:
         outputs: list[np.ndarray],
     ) -> None:
         try:
-            self._lowered.program.run(integers, caches, floats, outputs)
+            self.lowered.program.run(integers, caches, floats, outputs)
         except (IndexError, ValueError) as error:
-            raise ExecutionError(f"{error}{where(self._lowered.location)}") from error
+            raise ExecutionError(f"{error}{where(self.lowered.location)}") from error
 
 
 def _array(value: np.ndarray | Version) -> np.ndarray:
