@@ -690,16 +690,14 @@ class Checkpoint:
         name = "lm_head" if layer == "wte" and self.config.tie_word_embeddings else layer
         numbers = modelopt_layout.unpacked(self._read(f"{layer}.weight"), shape[0])
         scales = self._read_scale(f"{layer}.weight_scale", dtype)
-        # Numbers times the rounded scales: the ratio of the two is then closest to an integer again.
-        if scales.ndim == 2:
+        transpose = scales.ndim == 2
+        if transpose:
             scales = scales[: shape[0]]
-            blocks = numbers.reshape(*scales.shape, -1).astype(np.float32) * scales[:, :, None].astype(np.float32)
-            weight = _convert(f"{name}.weight", blocks.reshape(shape), dtype, transpose=True)
+        elif scales.size == 1 and shape[0] > 1:
+            scales = scales.reshape(())
+        weight = _scaled(f"{name}.weight", numbers, scales, dtype, transpose)
+        if transpose:
             scales = np.ascontiguousarray(scales.T)
-        else:
-            scales = scales if scales.size > 1 or shape[0] == 1 else scales.reshape(())
-            values = numbers.astype(np.float32) * (scales[:, None] if scales.ndim else scales).astype(np.float32)
-            weight = _convert(f"{name}.weight", values, dtype, transpose=False)
         yield f"{name}.weight", weight
         # Of zeros, whose scale is zero or nearly so, any scale gives zeros back.
         yield f"{name}.weight_scale", np.where(scales == 0, np.ones_like(scales), scales)
@@ -814,6 +812,24 @@ def _convert(name: str, source: np.ndarray, dtype: np.dtype[Any], transpose: boo
     result = np.empty(source.shape[::-1], dtype)
     for row in range(0, len(converted), 16):  # in strips that the cache holds: twice as fast as in one go
         result[:, row : row + 16] = converted[row : row + 16].T
+    return result
+
+
+def _scaled(name: str, numbers: np.ndarray, scales: np.ndarray, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
+    """``numbers`` (rows, in) times ``scales``, one, (rows,) or (rows, blocks), as `_convert` gives it.
+
+    The scales come rounded to ``dtype`` already: the ratio of the two is then closest to an integer again.
+    """
+    rows, width = numbers.shape
+    result = np.empty((width, rows) if transpose else (rows, width), dtype)
+    step = max(1, 2**16 // max(1, width))  # rows at a time that the caches hold
+    for row in range(0, rows, step):
+        by = (scales[row : row + step] if scales.ndim else scales).astype(np.float32)
+        part = numbers[row : row + step].astype(np.float32)
+        blocks = part.reshape(len(part), by.shape[1], -1) if by.ndim == 2 else part
+        blocks *= by[..., None] if by.ndim else by
+        at = np.s_[:, row : row + step] if transpose else np.s_[row : row + step]
+        result[at] = _convert(name, part, dtype, transpose)
     return result
 
 

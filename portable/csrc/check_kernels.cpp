@@ -178,6 +178,20 @@ void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t wid
     }
 }
 
+// Numbers that int8 and float8 hold exactly come back, whatever follows the last vector.
+void check_quantize(const Kernels& kernels, Dtype from, int64_t count) {
+    const Stored numbers = stored(from, 1, count);
+    const std::vector<float> ones(static_cast<size_t>(count), 0.125f);
+    for (const Dtype to : {Dtype::i8, Dtype::i4, Dtype::f8})
+        for (const bool per_number : {false, true}) {
+            std::vector<uint8_t> codes(static_cast<size_t>(count));
+            kernels.quantize(numbers.bytes.data(), from, count, ones.data(), per_number, to, codes.data());
+            if (to != Dtype::i8) continue;
+            for (size_t i = 0; i < codes.size(); ++i)
+                expect("quantize", kernels.name, static_cast<int8_t>(codes[i]), std::nearbyint(numbers.numbers[i] * 8.0), 0);
+        }
+}
+
 // With a uniform number of 0, the one that is drawn is the first of the largest.
 void check_draw(const Kernels& kernels, int64_t count, int64_t k) {
     const std::vector<float> logits = floats(count);
@@ -194,6 +208,8 @@ int main() {
         const Kernels& kernels = kernels_for(name);
         for (const int threads : {1, 3}) {
             ThreadPool::instance().set_threads(threads);
+            for (const Dtype from : {Dtype::f32, Dtype::f16, Dtype::bf16})
+                for (const int64_t count : {1, 15, 64, 131}) check_quantize(kernels, from, count);
             for (const int64_t count : {1, 127, 128, 129, 1000})
                 for (const int64_t k : {1, 5, 2000}) check_draw(kernels, count, k);
             for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::i8, Dtype::i4, Dtype::f8}) {

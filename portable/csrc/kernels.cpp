@@ -19,7 +19,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     ISA_STRING(ISA), layer_norm, prepare, prepare_integers, products, integer_products,
     float_panels, integer_panels, prepare_panel_integers, finish,
-    load_row, store_row, attend, attend_block, merge, divide, block_maxima, read,
+    load_row, quantize, store_row, attend, attend_block, merge, divide, block_maxima, read,
 };
 
 }  // namespace nvtripy_portable::ISA

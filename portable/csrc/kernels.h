@@ -118,6 +118,10 @@ struct Kernels {
     // y = one stored row, scaled; `y` has the padded width.
     void (*load_row)(const Matrix& matrix, int64_t row, float* y);
 
+    // y[i] = x[i] / scale rounded to the nearest, a half to the even, as one byte: int8, int4 (in the low half) or float8,
+    // whatever does not fit saturated. x is f32, f16 or bf16; there is one scale, or one for each number.
+    void (*quantize)(const void* x, Dtype from, int64_t count, const float* scale, bool per_number, Dtype to, uint8_t* y);
+
     // Rounds one head's new row for the cache and stores it there: round(x / scale), in the cache's type.
     void (*store_row)(const float* x, int64_t count, Rounding rounding, float scale, Dtype dtype, void* y);
 

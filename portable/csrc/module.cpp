@@ -202,6 +202,29 @@ int64_t draw_one(nb::handle array, double uniform, double temperature, int64_t k
     return draw(kernels_for(""), logits.as<const float>(), count, uniform, temperature, k, top_p);
 }
 
+// Fills `to` with the codes of `from`, (rows, width), on all threads. Every `rows_per_scale` rows come to the next scale, or
+// to the next `width` of them if there is one for each number, and behind the last to the first again.
+void quantize(const std::string& isa, nb::handle to, nb::handle from, const std::string& from_dtype, nb::handle scale,
+              const std::string& dtype, int64_t width, int64_t rows_per_scale, bool per_number) {
+    const Buffer codes(to, true), numbers(from), scales(scale);
+    const Dtype in = look_up(kDtypes, from_dtype, "dtype"), out = look_up(kDtypes, dtype, "dtype");
+    const int64_t count = codes.bytes(), number = in == Dtype::f32 ? 4 : 2;
+    const int64_t scale_rows = scales.bytes() / 4 / (per_number ? width : 1);
+    if (width < 1 || count % width || numbers.bytes() != count * number || rows_per_scale < 1 || scale_rows < 1)
+        throw nb::value_error("expected as many codes as numbers, and a scale");
+    const Kernels& kernels = kernels_for(isa);
+    const int64_t rows = count / width, together = std::max<int64_t>((64 << 10) / width, 1);
+    const nb::gil_scoped_release released;
+    ThreadPool::instance().run([&](ThreadPool& pool) {
+        pool.each((rows + together - 1) / together, [&](int64_t unit, int) {
+            for (int64_t row = unit * together; row < std::min((unit + 1) * together, rows); ++row)
+                kernels.quantize(numbers.as<const char>() + row * width * number, in, width,
+                                 scales.as<const float>() + row / rows_per_scale % scale_rows * (per_number ? width : 1),
+                                 per_number, out, codes.as<uint8_t>() + row * width);
+        });
+    });
+}
+
 // Reads an array of float32 on all threads, in units as large as a weight's.
 float read_all(const std::string& isa, nb::handle array) {
     const Buffer buffer(array);
@@ -260,5 +283,7 @@ NB_MODULE(_native, module) {
     }, nb::arg("cache"), nb::arg("saved"), nb::arg("position"), nb::arg("length"), nb::arg("restore"));
     module.def("draw", &draw_one, nb::arg("logits"), nb::arg("uniform"), nb::arg("temperature"), nb::arg("k"),
                nb::arg("top_p") = nb::none());
+    module.def("quantize", &quantize, nb::arg("isa"), nb::arg("to"), nb::arg("from_"), nb::arg("from_dtype"),
+               nb::arg("scale"), nb::arg("dtype"), nb::arg("width"), nb::arg("rows_per_scale"), nb::arg("per_number"));
     module.def("read_all", &read_all, nb::arg("isa"), nb::arg("array"));
 }

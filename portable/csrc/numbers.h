@@ -42,6 +42,16 @@ inline float round_f8(float value) {
     return to_float_bits(float_bits(rounded) | sign);
 }
 
+// The byte of the number of E4M3 that round_f8 gives.
+inline uint8_t f8_code(float value) {
+    const uint32_t bits = float_bits(round_f8(value));
+    const uint32_t sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
+    // Subnormals are multiples of 2^-9; others have a bias of 7 instead of 127.
+    const uint32_t small = static_cast<uint32_t>(to_float_bits(magnitude) * 512.0f);
+    return static_cast<uint8_t>(sign | (magnitude < 0x3c800000u ? small : (magnitude >> 20) - (120u << 3)));
+}
+
 // To the nearest integer, a half to the even, within int8. NaN becomes 0.
 inline float round_i8(float value) {
     value = value == value ? value : 0.0f;

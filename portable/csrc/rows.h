@@ -35,6 +35,41 @@ inline void store_row(const float* x, int64_t count, Rounding rounding, float sc
     }
 }
 
+// A number as a byte holds it: of int4 the low half.
+inline uint8_t code_of(float value, Dtype dtype) {
+    if (dtype == Dtype::f8) return f8_code(value);
+    if (dtype == Dtype::i8) return static_cast<uint8_t>(static_cast<int>(round_i8(value)));
+    value = value > 7.0f ? 7.0f : value;  // NaN stays, and becomes 0 next
+    value = value < -8.0f ? -8.0f : value;
+    return static_cast<uint8_t>(static_cast<int>(round_i8(value)) & 15);
+}
+
+template <class Numbers>
+inline void quantize_as(const typename Numbers::Stored* x, int64_t count, const float* scale, bool per_number, Dtype to,
+                        uint8_t* y) {
+    constexpr int64_t kRun = 64;
+    alignas(64) float values[kRun];
+    for (int64_t start = 0; start < count; start += kRun) {
+        const int64_t here = smaller(kRun, count - start);
+        int64_t i = 0;
+        for (; i + W <= here; i += W)
+            store(values + i, div(Numbers::load(x + start + i), per_number ? load(scale + start + i) : set1(*scale)));
+        if (i < here) {
+            const F by = per_number ? load_part<F32>(scale + start + i, here - i) : set1(*scale);
+            store_part(values + i, div(load_part<Numbers>(x + start + i, here - i), by), here - i);
+        }
+        for (i = 0; i < here; ++i) y[start + i] = code_of(values[i], to);
+    }
+}
+
+inline void quantize(const void* x, Dtype from, int64_t count, const float* scale, bool per_number, Dtype to, uint8_t* y) {
+    switch (from) {
+        case Dtype::f32: quantize_as<F32>(static_cast<const float*>(x), count, scale, per_number, to, y); break;
+        case Dtype::f16: quantize_as<F16>(static_cast<const uint16_t*>(x), count, scale, per_number, to, y); break;
+        default: quantize_as<BF16>(static_cast<const uint16_t*>(x), count, scale, per_number, to, y); break;
+    }
+}
+
 // x / (1 + e^-z): sigmoid linear units, and GELU's tanh approximation with z = sqrt(8 / pi) * (x + 0.044715 x^3).
 inline F gated(F x, F z) { return div(x, add(set1(1), exp(sub(zero(), z)))); }
 

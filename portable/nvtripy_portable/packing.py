@@ -7,10 +7,12 @@ import numpy as np
 
 def pack_int4(values: np.ndarray) -> np.ndarray:
     """(..., K) int4 or int8 within [-8, 7] → (..., ceil(K / 2)) uint8."""
-    nibbles = values.astype(np.int8).view(np.uint8) & 0xF
+    nibbles = values.view(np.uint8) & 0xF
     if nibbles.shape[-1] % 2:
         nibbles = np.concatenate((nibbles, np.zeros((*nibbles.shape[:-1], 1), np.uint8)), axis=-1)
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    high = nibbles[..., 1::2]
+    high <<= 4
+    return nibbles[..., 0::2] | high
 
 
 def unpack_int4(packed: np.ndarray, length: int) -> np.ndarray:

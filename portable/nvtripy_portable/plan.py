@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,12 @@ from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
 OPERATIONS: dict[str, Callable[..., Any]] = reference.OPERATIONS | fused.OPERATIONS
 
 
-def bind(operation: Operation) -> Callable[..., Any]:
-    """The reference function of an operation, with its attributes filled in."""
+def bind(operation: Operation, functions: Mapping[str, Callable[..., Any]] = OPERATIONS) -> Callable[..., Any]:
+    """The function of an operation, with its attributes filled in."""
     attributes = operation.attributes
     if "dtype" in attributes:
         attributes = {**attributes, "dtype": DTYPES[attributes["dtype"]]}
-    return partial(OPERATIONS[operation.kind], **attributes)
+    return partial(functions[operation.kind], **attributes)
 
 
 @dataclass

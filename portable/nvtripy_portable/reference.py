@@ -793,7 +793,7 @@ def _matrix_operand(operand: Array, op: str, vector_axis: int) -> Array:
     return operand.swapaxes(-1, -2) if op == "kTRANSPOSE" else operand
 
 
-def _by_scale(
+def by_scale(
     operation: str, shape: tuple[int, ...], scale: Array, axis: int | None
 ) -> tuple[tuple[int, ...], NDArray[np.float32]]:
     """The shape to view an input of `shape` in, and the float32 scale that broadcasts over that view.
@@ -829,7 +829,7 @@ def quantize(input: Array, scale: Array, *, dtype: DTypeLike, axis: int | None =
     dtype = np.dtype(dtype)
     if dtype not in (INT8, INT4, FLOAT8):
         raise ValueError(f"quantize expects a dtype of int8, int4 or float8_e4m3fn, but got {dtype}.")
-    view, scale = _by_scale("quantize", input.shape, scale, axis)
+    view, scale = by_scale("quantize", input.shape, scale, axis)
     values = np.asarray(np.divide(input.astype(np.float32, copy=False).reshape(view), scale)).reshape(input.shape)
     if dtype == FLOAT8:
         return _store(values, dtype)
@@ -843,7 +843,7 @@ def quantize(input: Array, scale: Array, *, dtype: DTypeLike, axis: int | None =
 @np.errstate(all="ignore")
 def dequantize(input: Array, scale: Array, *, dtype: DTypeLike, axis: int | None = None) -> Array:
     """``input * scale`` in `dtype`, for an input of int8, int4 or float8; `scale` and `axis` as for `quantize`."""
-    view, scale = _by_scale("dequantize", input.shape, scale, axis)
+    view, scale = by_scale("dequantize", input.shape, scale, axis)
     values = input.astype(np.float32).reshape(view)
     values *= scale
     return _store(values.reshape(input.shape), np.dtype(dtype))

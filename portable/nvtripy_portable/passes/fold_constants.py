@@ -10,11 +10,13 @@ import math
 
 import numpy as np
 
+from nvtripy_portable.cpu import constants
 from nvtripy_portable.graph import DTYPES, Graph, GraphError, Operation, TensorType, Value
 from nvtripy_portable.passes.infer_shapes import infer_inputs, infer_results
-from nvtripy_portable.plan import bind
+from nvtripy_portable.plan import OPERATIONS, bind
 
 _LARGE_BYTES = 1 << 20
+_FUNCTIONS = OPERATIONS | {"quantize": constants.quantize}
 
 
 def run(graph: Graph) -> None:
@@ -61,7 +63,7 @@ def _compute(operation: Operation) -> list[np.ndarray] | None:
     if _result_bytes(operation) > max(_LARGE_BYTES, sum(value.nbytes for value in operands if value is not None)):
         return None
     try:
-        results = bind(operation)(*operands)
+        results = bind(operation, _FUNCTIONS)(*operands)
     except (ValueError, IndexError, TypeError) as error:
         raise GraphError(f"{operation.kind}: {error}", operation.location) from None
     return [np.asarray(value) for value in (results if isinstance(results, tuple) else (results,))]
