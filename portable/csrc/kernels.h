@@ -15,9 +15,9 @@ enum class Rounding : int { none, i8, f8 };
 constexpr int64_t kInputBlock = 128;  // inputs that share a scale where they are made integers
 
 // How far ahead of their use weights are asked for. Rows lie one behind the other and are read in that order, so this
-// reaches into the rows that come next. It takes more than a hundred nanoseconds to come, in which a core uses 4 KB. Who
-// calls asks for the first ones.
-constexpr int64_t kBytesAhead = 8192;
+// reaches into the rows that come next. It takes a hundred to some hundred nanoseconds to come, in which a core uses up to
+// 10 KB, and it waits in the first-level cache. Who calls asks for the first ones.
+constexpr int64_t kBytesAhead = 16384;
 
 // Rows of numbers as they are stored: (rows, width), int4 two a byte, the even one in the low half.
 struct Matrix {
