@@ -1,8 +1,7 @@
 """The decode loop and sampling, used by every program in this repository.
 
-Sampling runs on the host, in NumPy, from a counter-based generator (Philox, Salmon et al. 2011): a sequence of tokens
-depends on the logits, the seed and the sample's number alone, not on the machine, the batch it ran in or the number of
-threads.
+Sampling runs on the host, from a counter-based generator (Philox, Salmon et al. 2011): a sequence of tokens depends on
+the logits, the seed and the sample's number alone, not on the machine, the batch it ran in or the number of threads.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Bare decoding and prefill of GPT-2 124M's shapes with random weights, against the machine's read bandwidth.
 
-    python benchmarks/kernels.py [--threads N] [--context 64] [--repeat 20] [--only f16,i8] [--prefill 64,512]
+    python benchmarks/kernels.py [--threads N] [--context 64] [--repeat 60] [--only f16,i8] [--prefill 64,512]
 
 Decode: "of read" is (bytes of weights and of the filled cache) / time over the bandwidth of reading a buffer of 256 MB
-with the same threads, turn by turn with the decoding steps; the best of each counts. Prefill: GFLOP/s of the linear
-layers, over the whole time. The load of the machine is printed first: other programs on the same cores make all of
-these figures worthless, the shares too.
+with the same threads right before, turn by turn: the medians of all turns. So a memory that others on the machine use
+now more, now less, changes the speeds but hardly the share. Prefill: GFLOP/s of the linear layers, over the whole time.
+The load of the machine is printed first: other programs on the same cores make all of these figures worthless.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=60)
     parser.add_argument("--only", default=",".join(VARIANTS))
     parser.add_argument("--prefill", default="64,512")
     options = parser.parse_args()
@@ -96,14 +96,14 @@ def main() -> None:
         def step(executor: Executor = executor, kept: list = kept, at: tuple = (token, position, last)) -> None:
             _, kept[0] = executor.run([at[0], at[1], kept[0], at[2]])
 
-        # The best of many short turns: other programs on the machine only ever take time away.
+        size = weight_bytes(graph) + 2 * 2 * GPT2.layers * GPT2.width * options.context
         reads, steps = [], []
         for _ in range(options.repeat):
-            reads.append(timed(lambda: native.read_all(isa(), buffer)))
-            steps += [timed(step) for _ in range(3)]
-        size = weight_bytes(graph) + 2 * 2 * GPT2.layers * GPT2.width * options.context
-        read, took = BUFFER / min(reads), min(steps)
-        print(f"{name:6} {read / 1e9:10.1f} {took * 1e3:9.2f} {1 / took:9.1f} {size / took / read:8.0%}", end="")
+            reads.append(timed(lambda: native.read_all(isa(), buffer)) / BUFFER)
+            steps.append(min(timed(step) for _ in range(3)))  # other programs only ever take time away
+        share = statistics.median(size / took * read for took, read in zip(steps, reads, strict=True))
+        took, read = statistics.median(steps), 1 / statistics.median(reads)
+        print(f"{name:6} {read / 1e9:10.1f} {took * 1e3:9.2f} {1 / took:9.1f} {share:8.0%}", end="")
         for length in lengths:
             prompt = np.arange(length, dtype=np.int32)[None]
             start, end = empty_cache(GPT2, "f16"), np.array([length - 1], np.int32)
