@@ -31,6 +31,15 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def path(text: str) -> Path:
+    """An option's path. Shells put a home folder in the place of ``~`` at a word's start only, not in --engine-dir=~/x.
+
+    >>> path("~nobody-there/x")  # as it is
+    PosixPath('~nobody-there/x')
+    """
+    return Path(os.path.expanduser(text))
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name a checkpoint."""
     parser.add_argument(

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,8 @@ from model import GPT, GPTConfig
 from nvtripy_portable import engine_file
 from nvtripy_portable.decoder import Decoder
 from weight_loader import Checkpoint
+
+_ABANDONED_AFTER = 3600  # seconds
 
 
 class EngineError(Exception):
@@ -176,6 +179,7 @@ def open_engine(
     for stale in folder.glob(f"{name}-*.engine"):
         if stale != path:
             stale.unlink(missing_ok=True)
+    _remove_abandoned(folder, name)
     return Engine(executable, config, batch)
 
 
@@ -211,6 +215,14 @@ def _make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise EngineError(f"expected a writable engine folder but {folder} is not: {error.strerror}") from None
+
+
+def _remove_abandoned(folder: Path, name: str) -> None:
+    """Removes what processes left that were killed while saving. One that is at work has written within the hour."""
+    for partial in folder.glob(f".{name}-*.engine.*"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
+                partial.unlink()
 
 
 def _save(executable: tp.Executable, path: Path) -> None:

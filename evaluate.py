@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="of the speed measurement; the median counts (default %(default)s)",
     )
     parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="of the table (default %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="perplexity as a .png or .svg picture")
+    parser.add_argument("--plot", metavar="FILE", type=command_line.path, help="perplexity as a .png or .svg picture")
     parser.add_argument(
         "--plot-against", choices=chart.AXES, default="bits", help="of a weight, or the weights' size (default bits)"
     )

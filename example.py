@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command_line
@@ -50,7 +49,8 @@ class Timing:
         rate = f"{(self.tokens - 1) / decoding:.1f} tokens/s" if self.tokens > 1 and decoding > 0 else "no rate"
         return (
             f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, "
-            f"first token after {self.first_token - self.compiled:.3f} s, {self.tokens} tokens, {rate}, "
+            f"first token after {self.first_token - self.compiled:.3f} s, "
+            f"{self.tokens} token{'' if self.tokens == 1 else 's'}, {rate}, "
             f"peak memory {machine.peak_memory_bytes() / (1 << 20):.0f} MB"
         )
 
@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = command_line.Parser("example.py", "Generate text with a GPT-2.")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input-text", metavar="TEXT", help="the prompt (default: what standard input holds)")
-    source.add_argument("--batch", metavar="FILE", type=Path, help="prompts from a UTF-8 file, one a line")
+    source.add_argument("--batch", metavar="FILE", type=command_line.path, help="prompts from a UTF-8 file, one a line")
     command_line.add_model_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=200, help="at most so many (default %(default)s)"
@@ -94,7 +94,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     quantization.add_arguments(parser.add_argument_group("quantization"))
     parser.add_argument(
-        "--engine-dir", metavar="DIR", type=Path, help="save the compiled engine here and reopen it next time"
+        "--engine-dir",
+        metavar="DIR",
+        type=command_line.path,
+        help="save the compiled engine here and reopen it next time",
     )
     parser.add_argument(
         "--threads", metavar="N", type=int, help="of the portable runtime (default: the cores that it may use)"

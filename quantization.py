@@ -863,7 +863,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Carries out the command."""
     parser = command_line.Parser("quantization.py", "Quantize a GPT-2.")
     command_line.add_model_arguments(parser)
-    parser.add_argument("--output", metavar="DIR", type=Path, help="the folder to write")
+    parser.add_argument("--output", metavar="DIR", type=command_line.path, help="the folder to write")
     parser.add_argument(
         "--show-stats",
         action="store_true",

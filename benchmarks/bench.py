@@ -82,13 +82,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--runs", metavar="N", type=int, help="rounds (default 7; 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one round of little work: does everything run?")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="all numbers")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="decoding speed as a .png or .svg picture")
+    parser.add_argument("--json", metavar="FILE", type=command_line.path, help="all numbers")
+    parser.add_argument("--plot", metavar="FILE", type=command_line.path, help="decoding speed, as .png or .svg")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument(
         "--cache",
         metavar="DIR",
-        type=Path,
+        type=command_line.path,
         default=model_files.cache_folder(),
         help="where the models are kept (default %(default)s)",
     )

@@ -83,6 +83,12 @@ def test_it_starts_fast() -> None:
     assert packages <= sys.stdlib_module_names and not packages & {"asyncio", "subprocess", "multiprocessing"}
 
 
+def test_a_home_folder_behind_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command_line.path("~/engines") == Path("/home/me/engines")
+    assert command_line.path("a/~/b") == Path("a/~/b")
+
+
 def test_docstrings() -> None:
     results = doctest.testmod(command_line)
-    assert results.attempted == 1 and results.failed == 0
+    assert results.attempted == 2 and results.failed == 0

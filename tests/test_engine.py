@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,9 +367,17 @@ def test_killed_while_saving(place: Path, instant: Compilations, moment: str) ->
         assert process.communicate() == ("", "")
     assert process.returncode == -signal.SIGKILL
     assert engines(place) == []
+    (partial,) = path.parent.glob(".*")
     assert open_in(place)[1] == [f"saved {path}"]
+    assert partial.exists(), "it may be another process's, at work"
     instant.allowed = False
     assert open_in(place)[1] == [f"opened {path}"]
+    # Some hours later, at the next save:
+    os.utime(partial, (time.time() - 7200,) * 2)
+    path.unlink()
+    instant.allowed = True
+    open_in(place)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_two_processes_at_once(place: Path, compilations: Compilations, logits: np.ndarray) -> None:

@@ -513,7 +513,7 @@ def test_verbose(ask: Ask) -> None:
 def test_verbose_with_a_single_token(ask: Ask) -> None:
     """One token has no rate."""
     found = ask(input_text="The", verbose=True, max_new_tokens=1)
-    assert ", 1 tokens, no rate, peak memory" in found.err
+    assert ", 1 token, no rate, peak memory" in found.err
 
 
 @pytest.fixture

@@ -64,11 +64,11 @@ def main(corpus: Corpus, argv: list[str] | None = None) -> int:
 def _run(corpus: Corpus, argv: list[str] | None) -> None:
     parser = Parser("prepare.py", corpus.description)
     source = "a UTF-8 text file" if corpus.fetch is None else "a UTF-8 text file, instead of the download"
-    parser.add_argument("--input", metavar="FILE", type=Path, required=corpus.fetch is None, help=source)
+    parser.add_argument("--input", metavar="FILE", type=command_line.path, required=corpus.fetch is None, help=source)
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        type=Path,
+        type=command_line.path,
         default=corpus.folder,
         help="where the files go (default: %(default)s)",
     )
