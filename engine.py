@@ -163,16 +163,16 @@ def open_engine(
     path = folder / f"{name}-{_key(checkpoint, config, batch)}.engine"
     if path.exists():
         try:
-            engine = Engine(_load(path, config, batch), config, batch)
-            report(f"opened {path}")
-            return engine
-        except EngineError:  # nothing that building it again would help
-            raise
+            executable = _load(path, config, batch)
         except Exception as error:
             # Any damage ends here, whatever nvtripy or the runtime make of it: the engine can always be built again.
             # nvtripy puts the source line before what it says of it.
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             report(f"{path} cannot be used ({reason}): building it again")
+        else:
+            engine = Engine(executable, config, batch)
+            report(f"opened {path}")
+            return engine
     executable = compile_model(load_model(checkpoint, config), batch)
     _save(executable, path)
     report(f"saved {path}")

@@ -119,7 +119,7 @@ def generate(
     room = [model.context - len(prompt) + 1 for prompt in prompts]
     least_room = min(room)
     tokens, only = np.zeros((model.batch, 1), dtype=np.int32), np.zeros(model.batch, dtype=np.int32)
-    position = lengths
+    position = lengths  # of each row's next token
     for count in range(1, max_new_tokens + 1):
         drawn = []
         for row, sampler in enumerate(samplers):

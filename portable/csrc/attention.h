@@ -133,15 +133,12 @@ inline void attend_to(const Attention& attention, const float* const* q, const i
         weigh(scores + t * kKeyChunk, smaller(seen[t] - begin, count), count, attention.head_size, partials[t]);
     constexpr int kVectors = kQueries > 2 && W < 16 ? 2 : 4;
     int64_t d = 0;
-    for (; d + kVectors * W <= attention.head_size; d += kVectors * W) {
-        value_tile<Numbers, kQueries, kVectors>(scores, values, row_stride, count, kVectors * W, d, next, partials);
-        next.count = 0;
-    }
-    for (; d < attention.head_size; d += W) {
+    for (; d + kVectors * W <= attention.head_size; d += kVectors * W)
+        value_tile<Numbers, kQueries, kVectors>(scores, values, row_stride, count, kVectors * W, d,
+                                                d == 0 ? next : NextKeys{}, partials);
+    for (; d < attention.head_size; d += W)
         value_tile<Numbers, kQueries, 1>(scores, values, row_stride, count, smaller<int64_t>(W, attention.head_size - d),
-                                         d, next, partials);
-        next.count = 0;
-    }
+                                         d, d == 0 ? next : NextKeys{}, partials);
 }
 
 template <class Numbers>

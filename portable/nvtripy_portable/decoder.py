@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nvtripy_portable.cpu.executor import Executor
-from nvtripy_portable.cpu.lowering import Lowered
+from nvtripy_portable.cpu.lowering import Output
+from nvtripy_portable.cpu.versions import raw
 from nvtripy_portable.executable import Executable
 from nvtripy_portable.graph import DTYPES, Graph
-from nvtripy_portable.interpreter import ExecutionError, where
+from nvtripy_portable.interpreter import ExecutionError
 
 if TYPE_CHECKING:
     import nvtripy as tp
@@ -30,17 +31,15 @@ if TYPE_CHECKING:
 class Decoder:
     """A model and the cache of the sequences that it continues, all zero at first. Made by :meth:`of`."""
 
-    def __init__(self, graph: Graph, lowered: Lowered) -> None:
-        (cache,) = lowered.caches
+    def __init__(self, executor: Executor, graph: Graph, output: Output) -> None:
+        (cache,) = executor.lowered.caches
         given = [index for index in range(len(graph.inputs)) if index != cache]
-        (output,) = (each for each in lowered.outputs if each.cache is None)
-        self._program, self._location = lowered.program, lowered.location
-        self._integers = [given.index(index) for index in lowered.integers]
+        self._executor = executor
+        self._integers = [given.index(index) for index in executor.lowered.integers]
         self._source, self._leading, self._width = given.index(output.source), output.leading, output.width
         type = graph.inputs[cache].value.type
         shape = [int(size) for size in type.shape]  # type: ignore[arg-type]  # static, in what was lowered
-        memory = np.zeros(shape, DTYPES[type.dtype])
-        self._caches = [memory.view(np.uint8)]  # NumPy offers no buffer of a type that is not its own, such as bfloat16
+        self._caches = [raw(np.zeros(shape, DTYPES[type.dtype]))]
 
     @staticmethod
     def of(executable: tp.Executable) -> Decoder | None:
@@ -63,7 +62,7 @@ class Decoder:
         lowered = runner.lowered
         arrays = [output for output in lowered.outputs if output.cache is None]
         is_decoder = len(lowered.caches) == len(arrays) == 1 and not lowered.floats and arrays[0].dtype == np.float32
-        return Decoder(compiled.graph, lowered) if is_decoder else None
+        return Decoder(runner, compiled.graph, arrays[0]) if is_decoder else None
 
     def step(self, *inputs: np.ndarray) -> np.ndarray:
         """The numbers for the function's inputs without the cache, which is the next version from then on.
@@ -75,7 +74,7 @@ class Decoder:
         integers = [np.ascontiguousarray(inputs[index], np.int32) for index in self._integers]
         numbers = np.empty((*inputs[self._source].shape[: self._leading], self._width), np.float32)
         try:
-            self._program.run(integers, self._caches, [], [numbers])
-        except (IndexError, ValueError) as error:
-            raise ValueError(f"{error}{where(self._location)}") from None
+            self._executor.call(integers, self._caches, [], [numbers])
+        except ExecutionError as error:
+            raise ValueError(str(error)) from None
         return numbers

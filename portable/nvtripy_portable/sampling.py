@@ -28,9 +28,10 @@ def draw(
     >>> draw(np.array([1, 3, 2, 3], np.float32), 0.6, temperature=0.8, top_k=2)
     3
     """
-    if _native is not None and logits.dtype == np.float32 and logits.flags.c_contiguous and len(logits):
-        return int(_native.draw(logits, uniform, temperature, top_k or len(logits), top_p))
-    candidates = _largest(logits, len(logits) if top_k is None else top_k)
+    count = len(logits) if top_k is None else top_k
+    if _native is not None and logits.dtype == np.float32 and logits.flags.c_contiguous:
+        return int(_native.draw(logits, uniform, temperature, count, top_p))
+    candidates = _largest(logits, count)
     scaled = logits[candidates].astype(np.float64) / temperature
     cumulative = np.cumsum(np.exp(scaled - scaled[0]))
     if top_p is not None:

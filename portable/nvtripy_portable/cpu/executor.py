@@ -9,7 +9,7 @@ import numpy as np
 from nvtripy_portable import reference
 from nvtripy_portable.cpu import native
 from nvtripy_portable.cpu.lowering import Lowered, is_fused, lower
-from nvtripy_portable.cpu.versions import LOCK, Step, Version
+from nvtripy_portable.cpu.versions import LOCK, Step, Version, raw
 from nvtripy_portable.graph import Graph
 from nvtripy_portable.interpreter import ExecutionError, where
 
@@ -53,13 +53,13 @@ class Executor:
         integers = [_array(inputs[each]) for each in lowered.integers]
         floats = [np.ascontiguousarray(_array(inputs[each]), np.float32) for each in lowered.floats]
         if not lowered.caches:
-            self._call(integers, [], floats, arrays)
+            self.call(integers, [], floats, arrays)
             steps = []
         else:
             with LOCK:
                 steps = self._steps(inputs)
                 try:
-                    self._call(integers, [_raw(step.memory) for step in steps], floats, arrays)
+                    self.call(integers, [raw(step.memory) for step in steps], floats, arrays)
                 except BaseException:
                     for step in steps:
                         step.take_back()
@@ -83,13 +83,18 @@ class Executor:
             steps.append(Step(inputs[cache], _array(inputs[position]), length, self._module))
         return steps
 
-    def _call(
+    def call(
         self,
         integers: list[np.ndarray],
         caches: list[np.ndarray],
         floats: list[np.ndarray],
         outputs: list[np.ndarray],
     ) -> None:
+        """Runs the program as it is: fills ``outputs``, float32, and writes into ``caches``.
+
+        Raises:
+            ExecutionError: as :meth:`run`.
+        """
         try:
             self.lowered.program.run(integers, caches, floats, outputs)
         except (IndexError, ValueError) as error:
@@ -98,7 +103,3 @@ class Executor:
 
 def _array(value: np.ndarray | Version) -> np.ndarray:
     return value.copy() if isinstance(value, Version) else np.ascontiguousarray(value)
-
-
-def _raw(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype.itemsize == 2 else array

@@ -60,7 +60,7 @@ class Version:
         memory = _copy(version._memory, self._native)
         for each in reversed(chain):  # back in time
             assert each._saved is not None
-            self._native.exchange_rows(_raw(memory), _raw(each._saved), each._position, each._saved.shape[4], True)
+            self._native.exchange_rows(raw(memory), raw(each._saved), each._position, each._saved.shape[4], True)
         return memory
 
 
@@ -76,7 +76,7 @@ class Step:
             self.memory = old._memory
             layers, two, batch, heads, _, size = old.shape
             saved = np.empty((layers, two, batch, heads, length, size), old.dtype)
-            native.exchange_rows(_raw(self.memory), _raw(saved), position, length, False)
+            native.exchange_rows(raw(self.memory), raw(saved), position, length, False)
             self.new = Version(self.memory, native)
             self._old, old._memory, old._newer = old, None, self.new
             old._saved, old._position = saved, position.copy()
@@ -93,10 +93,10 @@ class Step:
 
 def _copy(array: np.ndarray, native: Any) -> np.ndarray:
     result = np.zeros(array.shape, array.dtype)
-    native.copy_nonzero(_raw(result), _raw(np.ascontiguousarray(array)))
+    native.copy_nonzero(raw(result), raw(np.ascontiguousarray(array)))
     return result
 
 
-def _raw(array: np.ndarray) -> np.ndarray:
+def raw(array: np.ndarray) -> np.ndarray:
     """Integers of the same size: NumPy offers no buffer of a type that is not its own, such as bfloat16."""
     return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
