@@ -1,5 +1,6 @@
 # make example   answers one question with the embedded checkpoint: the answer on stdout, everything else on stderr
-# make test      runs every test          (PYTEST_ARGS="-k cache" narrows it down)
+# make test      runs the tests, but for the long ones: five minutes   (PYTEST_ARGS="-k cache" narrows it down)
+# make test-all  runs all of them
 # make lint      runs ruff and mypy
 # make clean     removes what the others made
 #
@@ -15,13 +16,16 @@ python := $(VENV)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check
 portable := $(shell find portable -type f -not -path '*/build/*' -not -path '*.egg-info/*' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: example test lint clean FORCE
+.PHONY: example test test-all lint clean FORCE
 .DELETE_ON_ERROR:
 
 example: $(VENV)/.runtime
 	@$(python) example.py --input-text "$(INPUT_TEXT)" --seed=1 $(EXAMPLE_ARGS)
 
 test: $(VENV)/.test
+	@$(python) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test
 	@$(python) -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test

@@ -104,6 +104,7 @@ def test_bytes_per_token(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name,width", [(name, width) for name in PEERS for width in PEERS[name].variants])
+@pytest.mark.slow
 def test_logits_are_those_of_transformers(name: str, width: str, cache: Path, reference: np.ndarray) -> None:
     module = peers.missing(name)
     if module is not None:
@@ -201,6 +202,7 @@ def test_a_missing_peer_is_left_out(capsys: pytest.CaptureFixture[str], monkeypa
     assert err.count("\n") == 1 and "llama.cpp is left out: its_module is not installed" in err
 
 
+@pytest.mark.slow
 def test_a_whole_run(cache: Path, tmp_path: Path) -> None:
     numbers, picture = tmp_path / "speeds.json", tmp_path / "speeds.svg"
     options = ["--quick", "--shapes", "tiny", "--widths", "fp16", "--threads", "1", "--markdown", "--peers"]

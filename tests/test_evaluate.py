@@ -80,6 +80,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_embedded_checkpoint_against_transformers(run: Any, tmp_path: Path) -> None:
     """The program's own number. In float16 weights and activations are rounded: a tenth of a percent is their share."""
     done = run("--max-tokens=700", "--stride=200", "--variants", "float32", "float32", "float16", "--format=json")
@@ -116,6 +117,7 @@ BOUNDS = {
 
 
 @pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
+@pytest.mark.slow
 def test_what_quantization_costs_and_saves(run: Any) -> None:
     """On text that the embedded checkpoint has not been trained on."""
     done = run("--max-tokens=6000", "--variants", "float32", *BOUNDS, "--format=json")
@@ -161,6 +163,7 @@ def test_the_whole_program(matplotlib: Any, tmp_path: Path, text: Path, tiny: Pa
 # --- several checkpoints ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_other_tokenizers_compare_by_bits_per_byte(run: Any, tiny: Path, text: Path) -> None:
     """The same text to both; what they say of it against transformers."""
     sentence = "To be, or not to be: ça ira? → "

@@ -116,6 +116,7 @@ def gpt2_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarra
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.slow
 def test_124m_equals_transformers(gpt2_size: tuple[Path, np.ndarray, np.ndarray], dtype: str) -> None:
     folder, idx, reference = gpt2_size
     checkpoint = open_checkpoint(folder)

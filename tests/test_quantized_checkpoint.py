@@ -137,6 +137,7 @@ def gpt2_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", MODES)
+@pytest.mark.slow
 def test_124m(gpt2_size: Path, tmp_path: Path, case: str) -> None:
     idx = np.random.default_rng(4).integers(0, 50257, (1, 24)).astype(np.int32)
     quantized = quantize(gpt2_size, tmp_path / "folder", idx, calib_size=2, calib_length=64, **CASES[case])
@@ -149,6 +150,7 @@ def test_124m(gpt2_size: Path, tmp_path: Path, case: str) -> None:
         assert error_of(quantized, dtype="float32") <= 2 * quantized.noise
 
 
+@pytest.mark.slow
 def test_two_layers_of_124m_in_fp8(tmp_path: Path) -> None:
     """As wide as GPT-2, and too shallow for such differences to pile up; in float32, as ModelOpt computes."""
     idx = np.random.default_rng(4).integers(0, 50257, (1, 24)).astype(np.int32)

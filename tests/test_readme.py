@@ -1,4 +1,4 @@
-"""README.md's marked commands do what README.md says (the format of the marks: tests/readme_blocks.py)."""
+"""The marked commands of README.md and docs/ do what is said there (tests/readme_blocks.py has the marks' format)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,17 @@ from readme_blocks import END, RUN, START, Block, ReadmeError, parse
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _blocks() -> list[Block]:
-    """README.md's blocks; none where it is malformed, which `test_readme_is_well_formed` reports."""
-    try:
-        return parse((ROOT / "README.md").read_text())
-    except ReadmeError:
-        return []
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_is_well_formed() -> None:
-    assert parse((ROOT / "README.md").read_text()), "README.md marks no command to be run"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_are_well_formed(document: Path) -> None:
+    assert parse(document.read_text()) or document.name != "README.md", "README.md marks no command to be run"
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the working tree, for all blocks together: a reader runs them in order, in one place."""
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the working tree."""
     # Tracked files and new ones, but nothing that git ignores: no environment, no caches, no outputs.
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -37,12 +34,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         text=True,
     )
-    copy = tmp_path_factory.mktemp("readme") / "checkout"
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():  # a file deleted since the last commit is listed too
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)  # with its time: make compares them
-    return copy
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name)  # with its time: make compares them
+    return tmp_path
 
 
 def _environment() -> dict[str, str]:
@@ -55,18 +51,25 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-@pytest.mark.parametrize("block", _blocks(), ids=lambda block: f"line{block.line}")
-def test_readme_command(block: Block, checkout: Path) -> None:
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.script],
-        cwd=checkout,
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"README.md:{block.line} exits with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    block.check(done.stdout)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands(document: Path, checkout: Path) -> None:
+    """All blocks of a document, in one place and in their order, as a reader runs them."""
+    for block in parse(document.read_text()):
+        began = time.monotonic()
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.script],
+            cwd=checkout,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        place = f"{document.name}:{block.line}"
+        assert done.returncode == 0, f"{place} exits with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        block.check(done.stdout)
+        print(f"{place}: {time.monotonic() - began:.0f} s")
 
 
 # The parser and the comparison themselves

@@ -241,6 +241,7 @@ def test_a_full_disk_leaves_the_old_files(
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_doubled_batch(dataset: Path, tmp_path: Path) -> None:
     """With torchrun and gloo, on a CPU. Losses and weights agree to 1e-4: sums in another order, over a few steps."""
     settings = {"dropout": 0.0, "max_iters": 12, "eval_interval": 6, "gradient_accumulation_steps": 2}

@@ -136,6 +136,7 @@ def torch_logits(folder: Path, idx: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize("case", [case for case in CASES if "kv_cache_dtype" not in CASES[case][0]])
+@pytest.mark.slow
 def test_logits_are_those_of_the_dequantized_weights(
     rounded: Callable[[str], Rounded], monkeypatch: pytest.MonkeyPatch, case: str, isa: str
 ) -> None:
@@ -198,6 +199,7 @@ def of_embedded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float
 
 
 @pytest.mark.parametrize(("bits", "clipping", "least"), [(4, False, 0.004), (3, True, 0.004)], ids=str)
+@pytest.mark.slow
 def test_gptq_is_better_than_rounding(
     of_embedded: Callable[..., float], bits: int, clipping: bool, least: float
 ) -> None:
@@ -206,6 +208,7 @@ def test_gptq_is_better_than_rounding(
     assert compensated < rtn - least
 
 
+@pytest.mark.slow
 def test_gptq_in_int8_costs_nothing(of_embedded: Callable[..., float]) -> None:
     assert of_embedded(method="gptq", bits=8) == pytest.approx(1, abs=0.002)
 
@@ -363,6 +366,7 @@ def test_a_group_that_does_not_fit_the_folder(rounded: Callable[[str], Rounded],
             open_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_documentation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def test_neither_a_cold_nor_a_warm_start_imports_heavy_packages(tmp_path: Path, 
 
 @pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
 @pytest.mark.parametrize("options", [["--quant-mode=fp8"], ["--quant-mode=int8-smoothquant", "--kv-cache-dtype=int8"]])
+@pytest.mark.slow
 def test_what_is_quantized_already_starts_like_any_other(tmp_path: Path, options: list[str]) -> None:
     given = ["--model-type", random_checkpoint(tmp_path / "checkpoint"), *options, "--calib-length=16"]
     given += ["--input-text=To be", "--max-new-tokens=3", "--seed=1"]

@@ -456,6 +456,7 @@ def test_embedded_checkpoint_is_small_and_complete() -> None:
     assert (config["activation_function"], config["layer_norm_epsilon"]) == ("gelu_new", 1e-5)
 
 
+@pytest.mark.slow
 def test_embedded_checkpoint_knows_its_plays() -> None:
     """At most 1.55 nats per character of the last 10 % of the text, which neither tokenizer nor weights have seen.
 

@@ -465,6 +465,7 @@ def repeat(parent: Any, key: Any) -> None:
         parent["another " + key] = parent[key]
 
 
+@pytest.mark.slow
 def test_every_value_of_a_header_replaced_by_nonsense(saved: bytes) -> None:
     header, constants = saved[PREFIX.size : header_end(saved)], constants_of(saved)
     assert attempt(sealed(header, constants), VALID) == "ran"

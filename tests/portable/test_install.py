@@ -24,6 +24,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler(tmp_path: Path) -> None:
     sources = tmp_path / "portable"
     shutil.copytree(ROOT / "portable", sources, ignore=shutil.ignore_patterns("build", "*.so", "__pycache__"))

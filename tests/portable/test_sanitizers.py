@@ -23,6 +23,7 @@ def has_sanitizers(folder: Path) -> bool:
 
 
 @pytest.mark.skipif(not (shutil.which("c++") and shutil.which("cmake")), reason="needs a C++ compiler and CMake")
+@pytest.mark.slow
 def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
     if not has_sanitizers(tmp_path):
         pytest.skip("the compiler has no sanitizers")

@@ -1,0 +1,135 @@
+"""Damaged config.json and generation_config.json: what transformers makes of them, or one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import fuzzing, mutated_json
+from tiny_checkpoints import EOS, random_checkpoint
+
+from weight_loader import Checkpoint, CheckpointError, open_checkpoint
+
+torch = pytest.importorskip("torch", reason="the reference")
+transformers = pytest.importorskip("transformers", reason="the reference")
+
+pytestmark = pytest.mark.slow
+
+WORDS = [
+    *(
+        "model_type",
+        "gpt2",
+        "gpt_bigcode",
+        "llama",
+        "architectures",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+        "GPT2ForTokenClassification",
+    ),
+    *(
+        "vocab_size",
+        "n_positions",
+        "n_ctx",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "n_inner",
+        "hidden_size",
+        "num_hidden_layers",
+    ),
+    *(
+        "num_attention_heads",
+        "max_position_embeddings",
+        "activation_function",
+        "gelu",
+        "gelu_new",
+        "relu",
+        "silu",
+        "tanh",
+    ),
+    *(
+        "layer_norm_epsilon",
+        "tie_word_embeddings",
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "scale_attn_weights",
+    ),
+    *("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention", "is_encoder_decoder"),
+    *("pruned_heads", "quantization_config", "torch_dtype", "dtype", "text_config", "max_length", "do_sample"),
+]
+#: What determines the logits. transformers also refuses nonsense in settings that determine nothing here.
+SETTINGS = [
+    *(
+        "vocab_size",
+        "n_positions",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "n_inner",
+        "activation_function",
+        "layer_norm_epsilon",
+    ),
+    *("max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size", "tie_word_embeddings"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+]
+MOST_COMPARED = 60  # models whose logits are compared
+
+
+def opened(folder: Path) -> Checkpoint | None:
+    """The checkpoint, read to its last weight; None where it is refused, in one line."""
+    try:
+        checkpoint = open_checkpoint(folder)
+        for _ in checkpoint.parameters("float32"):
+            pass
+    except CheckpointError as error:
+        assert str(error) and "\n" not in str(error)
+        return None
+    return checkpoint
+
+
+def our_logits(checkpoint: Checkpoint, idx: np.ndarray) -> np.ndarray:
+    """(B, T, V) float32, of the model as it is declared, without a cache."""
+    import nvtripy as tp
+
+    from engine import config_of, load_model
+
+    return np.from_dlpack(load_model(checkpoint, config_of(checkpoint, "float32"))(tp.Tensor(idx)))
+
+
+def reference_logits(folder: Path, idx: np.ndarray) -> np.ndarray:
+    raw = json.loads((folder / "config.json").read_bytes())
+    config = transformers.GPT2Config(**{key: raw[key] for key in SETTINGS if key in raw}, eos_token_id=EOS)
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(idx).long()).logits.numpy()
+
+
+def test_config_json(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path / "sound")
+    sound = transformers.GPT2Config(**json.loads((folder / "config.json").read_text())).to_dict()  # every key
+    idx = np.arange(12, dtype=np.int32)[None]
+    compared: set[object] = set()
+    accepted = 0
+
+    @fuzzing(4000)
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        nonlocal accepted
+        (folder / "config.json").write_bytes(mutated_json(data.draw, sound, WORDS))
+        checkpoint = opened(folder)
+        if checkpoint is None:
+            return
+        accepted += 1
+        if checkpoint.config in compared or len(compared) >= MOST_COMPARED:
+            return
+        # In tens of thousands of units of float32's rounding: a layer_norm_epsilon may be anything.
+        np.testing.assert_allclose(our_logits(checkpoint, idx), reference_logits(folder, idx), rtol=2e-3, atol=2e-3)
+        compared.add(checkpoint.config)
+
+    fuzz()
+    assert accepted > 400 and len(compared) > 10
