@@ -594,7 +594,7 @@ _ACTIVATIONS_WITH_ALPHA_AND_BETA: dict[str, Callable[[Array, float, float], Arra
     "kHARD_SIGMOID": lambda x, alpha, beta: np.clip(alpha * x + beta, 0, 1),
     "kSCALED_TANH": lambda x, alpha, beta: alpha * np.tanh(beta * x),
 }
-_ACTIVATION_PARAMETERS: dict[str, tuple[str, ...]] = (
+ACTIVATION_PARAMETERS: dict[str, tuple[str, ...]] = (
     dict.fromkeys(_ACTIVATIONS, ())
     | dict.fromkeys(_ACTIVATIONS_WITH_ALPHA, ("alpha",))
     | dict.fromkeys(_ACTIVATIONS_WITH_ALPHA_AND_BETA, ("alpha", "beta"))
@@ -612,7 +612,7 @@ def activation(input: Array, *, operation: str, alpha: float | None = None, beta
     kHARD_SIGMOID and kSCALED_TANH. Integers are computed in float32 and rounded to the nearest, a half to the even;
     their kRELU is exact.
     """
-    names = _look_up(_ACTIVATION_PARAMETERS, operation, "activation")
+    names = _look_up(ACTIVATION_PARAMETERS, operation, "activation")
     parameters = [{"alpha": alpha, "beta": beta}[name] for name in names]
     if None in parameters:
         raise ValueError(f"activation expects {' and '.join(names)} for {operation}, but got {parameters}.")
