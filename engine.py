@@ -107,9 +107,11 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
         CheckpointError: the weights are not those of ``config``.
     """
     gpt = GPT(config)
-    wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
+    parameters = gpt.state_dict()
+    wanted = {name: parameter.dtype for name, parameter in parameters.items()}
     state = {}
     for name, array in checkpoint.parameters(config.dtype):
+        array = even_columns(array, parameters.get(name))
         # NumPy has no bfloat16 to hand over: those numbers go as float32, which holds them, and are cast in the graph.
         tensor = tp.Tensor(array.astype(np.float32) if config.dtype == "bfloat16" else array)
         if tensor.dtype != wanted[name]:
@@ -121,13 +123,22 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     return gpt
 
 
+def even_columns(array: np.ndarray, parameter: tp.Tensor | None) -> np.ndarray:
+    """A weight or scale with the column of ones that the model asks for after an odd number of them."""
+    shape = () if parameter is None else tuple(parameter.shape or ())
+    if len(shape) == 2 == array.ndim and shape[1] == array.shape[1] + 1:
+        return np.pad(array, ((0, 0), (0, 1)), constant_values=1)
+    return array
+
+
 @stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
-    return tp.compile(gpt, args=_inputs(gpt.config, batch))
+    return tp.compile(gpt, args=model_inputs(gpt.config, batch))
 
 
-def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
+def model_inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
+    """What the cached forward takes: idx, position, cache, last."""
     tokens = (1, 1, config.n_positions)  # decoding, one token at a time, is what matters most
     return [
         tp.InputInfo((batch, tokens), dtype=tp.int32),
@@ -190,7 +201,9 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
         Exception: of any kind, if the file holds anything else, or an executable for other inputs.
     """
     executable = engine_file.load(path)
-    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != _inputs(config, batch):
+    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != model_inputs(
+        config, batch
+    ):
         raise ValueError("it holds something else")
     return executable
 

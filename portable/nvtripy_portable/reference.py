@@ -146,7 +146,7 @@ def reshape(input: Array, shape: Array) -> Array:
     except ValueError:
         raise ValueError(
             f"reshape expects a shape of {input.size} elements for an input of shape {input.shape}, "
-            f"but got {dimensions}."
+            f"but got {dimensions}: reshape changes volume."
         ) from None
 
 
@@ -254,7 +254,7 @@ def _slice_inside(input: Array, starts: tuple[int, ...], sizes: tuple[int, ...],
         if count < 0 or (count and not (0 <= first < length and 0 <= last < length)):
             raise ValueError(
                 f"slice expects to stay within an input of shape {input.shape}, but got start {starts}, "
-                f"size {sizes} and stride {strides}."
+                f"size {sizes} and stride {strides}: out of bounds access."
             )
         if count == 0:
             index.append(builtins.slice(0, 0))

@@ -12,7 +12,7 @@ what nvtripy documents as valid for a function that lowers to an operation is va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from nvtripy_portable.dims import Dim
@@ -44,6 +44,8 @@ _ELEMENT_WISE: dict[str, str] = (
     | dict.fromkeys(_LOGIC, "i1")
     | {"kPOW": f"i8 i64 {_FLOATS}"}  # of i32 not, as the operation's verifier says
 )
+_MATRICES = {"kNONE": 2, "kTRANSPOSE": 2, "kVECTOR": 1}  # and the rank that they need at least
+_POOLINGS = {"kMAX": False, "kAVERAGE": True}  # and whether they average
 
 
 def run(graph: Graph) -> None:
@@ -56,7 +58,7 @@ def run(graph: Graph) -> None:
     built: set[Value] = set()  # known when the engine is built
     for operation in graph.operations:
         _check(operation, built)
-        if all(operand in built for operand in operation.operands if operand is not None) or _is_static_shape(operation):
+        if _is_built(operation, built):
             built.update(operation.results)
 
 
@@ -69,9 +71,11 @@ def check_operands(operation: Operation) -> None:
     _check(operation, None)
 
 
-def _is_static_shape(operation: Operation) -> bool:
-    operand = operation.operands[0] if operation.kind == "shape" else None
-    return operand is not None and operand.type.is_static
+def _is_built(operation: Operation, built: set[Value]) -> bool:
+    operands = operation.operands
+    if operation.kind == "shape" and operands[0] is not None and operands[0].type.is_static:
+        return True
+    return all(operand is None or operand in built for operand in operands)
 
 
 def _check(operation: Operation, built: set[Value] | None) -> None:
@@ -90,51 +94,49 @@ def _refuse(operation: Operation, what: str, expected: str, got: object) -> NoRe
 
 
 class _Call:
-    """One operation under examination: its operands by the names of its rule."""
+    """One operation under examination: the types of its operands by the names of its rule, and of its first result
+    (None where that is to be inferred)."""
 
     def __init__(self, operation: Operation, operands: dict[str, Value], built: set[Value] | None) -> None:
         self.operation, self.operands, self._built = operation, operands, built
         self.attributes = operation.attributes
+        self.result = operation.results[0].type if operation.results else None
 
     def type(self, name: str) -> TensorType:
         return self.operands[name].type
 
-    @property
-    def result(self) -> TensorType | None:
-        """The type of the first result; None where it is to be inferred."""
-        return self.operation.results[0].type if self.operation.results else None
-
     def refuse(self, what: str, expected: str, got: object) -> NoReturn:
         _refuse(self.operation, what, expected, got)
 
-    def expect(self, condition: bool, what: str, expected: str, got: object) -> None:
-        if not condition:
-            self.refuse(what, expected, got)
+    def refuse_operand(self, name: str, expected: str) -> NoReturn:
+        _refuse(self.operation, name, expected, self.operands[name].type)
 
     def is_built(self, name: str) -> bool:
         """Whether an operand is a constant by the time the engine is built."""
         return self._built is None or self.operands[name] in self._built
 
-    def expect_one_of(self, what: str, table: dict[str, str] | dict[str, tuple[str, ...]]) -> str:
-        kind = self.attributes["operation"]
-        self.expect(kind in table, what, f"to be one of {', '.join(table)}", kind)
+    def expect_kind(self, table: Mapping[str, object], attribute: str = "operation") -> str:
+        kind = self.attributes[attribute]
+        if kind not in table:
+            self.refuse(attribute, f"to be one of {', '.join(table)}", kind)
         return str(kind)
 
     def expect_axis(self, axis: int, of: str, what: str = "axis") -> None:
         rank = self.type(of).rank
-        self.expect(0 <= axis < rank, what, f"to be within the {rank} dimensions of {of}", axis)
+        if not 0 <= axis < rank:
+            self.refuse(what, f"to be within the {rank} dimensions of {of}", axis)
 
     def expect_vector(self, name: str, length: int) -> None:
         """That an operand, if it is there, is a shape, or whatever has one element for each dimension."""
         if name in self.operands:
             shape = self.type(name).shape
-            fits = len(shape) == 1 and not _differ(shape[0], length)
-            self.expect(fits, name, f"to be 1-D and of {length} elements", self.type(name))
+            if len(shape) != 1 or _differ(shape[0], length):
+                self.refuse_operand(name, f"to be 1-D and of {length} elements")
 
     def expect_length(self, length: int, *names: str) -> None:
         for name in names:
-            values = self.attributes[name]
-            self.expect(len(values) == length, name, f"to be {length} numbers", list(values))
+            if len(self.attributes[name]) != length:
+                self.refuse(name, f"to be {length} numbers", list(self.attributes[name]))
 
 
 _More = Callable[[_Call], None]
@@ -148,39 +150,33 @@ class _Rule:
         operands, _, results = signature.partition("->")
         self.more = more
         self._types = {letter: frozenset(names.split()) for letter, names in types.items()}
-        self._texts = {letter: names.replace(" ", ", ") for letter, names in types.items()}
-        self._operands = []
-        for each in operands.split():
-            name, _, letter = each.partition(":")
-            self._operands.append((name, letter[0], letter[1:]))
+        self._texts = {letter: _listed(names) for letter, names in types.items()}
+        self._operands = [tuple(each.rstrip("?*").split(":")) for each in operands.split()]
+        self._num_required = sum(not each.endswith(("?", "*")) for each in operands.split())
+        self._repeats = operands.strip().endswith("*")
         self._results = results.split()
 
     def bind(self, operation: Operation) -> dict[str, Value]:
         """The operands by name, of types that are allowed."""
         found: dict[str, str] = {}
         bound: dict[str, Value] = {}
-        for name, letter, mark, operand in self._pairs(operation):
-            if operand is None:
-                if mark != "?":
-                    _refuse(operation, name, "to be there", "none")
-                continue
-            self._expect(operation, name, letter, operand.type, found)
-            bound[name] = operand
+        expected = self._operands
+        if self._repeats:
+            ((name, letter),) = expected
+            expected = [(f"{name}[{i}]", letter) for i in range(max(1, len(operation.operands)))]
+        if len(operation.operands) > len(expected):
+            _refuse(operation, "operands", f"to be at most {len(expected)}", len(operation.operands))
+        for (name, letter), operand in zip(expected, operation.operands, strict=False):
+            if operand is not None:
+                self._expect(operation, name, letter, operand.type, found)
+                bound[name] = operand
+        if len(bound) < max(self._num_required, self._repeats):
+            _refuse(
+                operation, "operands", f"{', '.join(name for name, _ in expected)}", f"{', '.join(bound) or 'none'}"
+            )
         for letter, result in zip(self._results, operation.results, strict=False):
             self._expect(operation, "the result", letter, result.type, found)
         return bound
-
-    def _pairs(self, operation: Operation) -> list[tuple[str, str, str, Value | None]]:
-        operands = operation.operands
-        if self._operands and self._operands[0][2] == "*":
-            name, letter, _ = self._operands[0]
-            if not operands:
-                _refuse(operation, name, "at least one", "none")
-            return [(f"{name}[{i}]", letter, "", operand) for i, operand in enumerate(operands)]
-        padded = [*operands, *[None] * (len(self._operands) - len(operands))]
-        if len(padded) > len(self._operands):
-            _refuse(operation, "operands", f"of at most {len(self._operands)}", len(operands))
-        return [(*each, operand) for each, operand in zip(self._operands, padded, strict=True)]
 
     def _expect(self, operation: Operation, what: str, letter: str, type: TensorType, found: dict[str, str]) -> None:
         if type.dtype not in self._types[letter]:
@@ -189,44 +185,52 @@ class _Rule:
             _refuse(operation, what, f"of type {found[letter]}, as the operands before it", type)
 
 
+def _listed(types: str) -> str:
+    return types.replace(" ", ", ")
+
+
 def _differ(a: Dim, b: Dim) -> bool:
     """Whether two dimensions are certainly not the same."""
     return isinstance(a, int) and isinstance(b, int) and a != b
 
 
+def _is_multiple(dim: Dim, divisor: int) -> bool:
+    """Whether a dimension is, or may be, a multiple."""
+    return not isinstance(dim, int) or dim % divisor == 0
+
+
 def _expect_same_rank(call: _Call, *names: str) -> None:
-    ranks = [call.type(name).rank for name in names]
-    got = " and ".join(str(call.type(name)) for name in names)
-    call.expect(len(set(ranks)) == 1, " and ".join(names), "of one rank", got)
+    if len({call.type(name).rank for name in names}) != 1:
+        call.refuse(" and ".join(names), "of one rank", " and ".join(str(call.type(name)) for name in names))
 
 
 def _expect_same_shape(call: _Call) -> None:
     """That the result has the input's shape."""
     result, source = call.result, call.type("input")
-    if result is not None:
-        fits = len(result.shape) == source.rank and not any(map(_differ, result.shape, source.shape))
-        call.expect(fits, "the result", f"of the shape of {source}", result)
+    if result is not None and (result.rank != source.rank or any(map(_differ, result.shape, source.shape))):
+        call.refuse("the result", f"of the shape of {source}", result)
 
 
 # --- what a line of the table cannot say ------------------------------------------------------------------------------
 
 
 def _activation(call: _Call) -> None:
-    kind = call.expect_one_of("the activation", ACTIVATION_PARAMETERS)
-    if call.type("input").dtype in ("i32", "i64"):
-        call.expect(kind == "kRELU", "input", f"of type {_NUMBERS.replace('i32 i64 ', '')}", call.type("input"))
+    kind = call.expect_kind(ACTIVATION_PARAMETERS)
+    if kind != "kRELU" and call.type("input").dtype in ("i32", "i64"):
+        call.refuse_operand("input", f"of type {_listed(f'i8 {_FLOATS}')}")
     for name in ("alpha", "beta"):
         is_wanted, value = name in ACTIVATION_PARAMETERS[kind], call.attributes.get(name)
-        call.expect((value is not None) == is_wanted, name, "to be given" if is_wanted else "to be absent", value)
+        if (value is not None) != is_wanted:
+            call.refuse(name, "to be given" if is_wanted else "to be absent", value)
 
 
 def _broadcast(call: _Call) -> None:
     source, result, dims = call.type("input"), call.result, call.attributes["broadcast_dims"]
-    call.expect(len(dims) == source.rank, "broadcast_dims", f"to be {source.rank} numbers", list(dims))
-    call.expect(len(set(dims)) == len(dims), "broadcast_dims", "to be distinct", list(dims))
+    if len(dims) != source.rank or len(set(dims)) != len(dims):
+        call.refuse("broadcast_dims", f"to be {source.rank} different numbers", list(dims))
     if result is not None:
-        within = all(0 <= dim < result.rank for dim in dims)
-        call.expect(within, "broadcast_dims", f"to be within the {result.rank} dimensions of the result", list(dims))
+        if not all(0 <= dim < result.rank for dim in dims):
+            call.refuse("broadcast_dims", f"to be within the {result.rank} dimensions of the result", list(dims))
         call.expect_vector("shape", result.rank)
 
 
@@ -234,11 +238,12 @@ def _collapse_rank(call: _Call) -> None:
     source, result = call.type("input"), call.result
     if result is None:
         return
-    call.expect(result.rank <= source.rank, "the result", f"of at most {source.rank} dimensions", result)
+    if result.rank > source.rank:
+        call.refuse("the result", f"of at most {source.rank} dimensions", result)
     if source.is_static and result.is_static:
-        kept = [size for size in source.shape if size != 1]
-        fits = kept == [size for size in result.shape if size != 1]
-        call.expect(fits, "the result", f"to lack dimensions of size 1 of {source} only", result)
+        kept, wanted = ([size for size in type.shape if size != 1] for type in (result, source))
+        if kept != wanted:
+            call.refuse("the result", f"to lack dimensions of size 1 of {source} only", result)
 
 
 def _concatenation(call: _Call) -> None:
@@ -247,69 +252,64 @@ def _concatenation(call: _Call) -> None:
 
 
 def _constant(call: _Call) -> None:
-    value = call.attributes["value"]
-    came = TensorType(DTYPE_NAMES[value.dtype], value.shape)
-    call.expect(call.result in (None, came), "the result", f"of type {came}, as its elements", call.result)
+    value, result = call.attributes["value"], call.result
+    if result is not None and (DTYPE_NAMES[value.dtype] != result.dtype or value.shape != result.shape):
+        call.refuse("the result", "of the type of its elements", f"{result} for {value.dtype}{list(value.shape)}")
 
 
 def _convolution(call: _Call) -> None:
-    # Channels in and out of a kernel: (O, I / groups, ...), and (I, O / groups, ...) of a deconvolution.
-    _expect_window(call, "kernel")
-    groups = call.attributes["num_groups"]
-    (out, *_), channels = call.type("kernel").shape, call.type("input").shape[1]
-    for what, size in (("input channels", channels), ("output channels", out)):
-        call.expect(not isinstance(size, int) or size % groups == 0, what, f"that {groups} groups divide", size)
-    _expect_bias(call, out)
+    _expect_windows(call)
+    kernel, groups = call.type("kernel"), call.attributes["num_groups"]  # (O, I / groups, ...)
+    if not _is_multiple(kernel.shape[0], groups):
+        call.refuse_operand("kernel", f"of output channels that {groups} groups divide")
+    _expect_bias(call, kernel.shape[0])
 
 
 def _deconvolution(call: _Call) -> None:
-    _expect_window(call, "kernel")
-    groups = call.attributes["num_groups"]
-    channels, out = call.type("input").shape[1], call.type("kernel").shape[1]
-    fits = not isinstance(channels, int) or channels % groups == 0
-    call.expect(fits, "input channels", f"that {groups} groups divide", channels)
-    _expect_bias(call, out * groups if isinstance(out, int) else None)
+    _expect_windows(call)
+    channels = call.type("kernel").shape[1]  # (I, O / groups, ...)
+    _expect_bias(call, channels * call.attributes["num_groups"] if isinstance(channels, int) else None)
 
 
-def _expect_window(call: _Call, kernel: str) -> None:
-    rank = call.type("input").rank
-    call.expect(rank >= 3, "input", "of a rank of at least 3", call.type("input"))
-    _expect_same_rank(call, "input", kernel)
-    call.expect_length(rank - 2, "stride", "pre_padding", "post_padding", "dilation")
-    call.expect(call.attributes["num_groups"] >= 1, "num_groups", "of at least 1", call.attributes["num_groups"])
+def _expect_windows(call: _Call) -> None:
+    source, groups = call.type("input"), call.attributes["num_groups"]
+    if source.rank < 3:
+        call.refuse_operand("input", "of a rank of at least 3")
+    _expect_same_rank(call, "input", "kernel")
+    call.expect_length(source.rank - 2, "stride", "pre_padding", "post_padding", "dilation")
+    if groups < 1 or not _is_multiple(source.shape[1], groups):
+        call.refuse_operand("input", f"of channels that {groups} groups divide")
 
 
 def _expect_bias(call: _Call, channels: Dim) -> None:
     if "bias" in call.operands:
-        bias = call.type("bias")
-        fits = bias.rank == 1 and not _differ(bias.shape[0], channels)
-        call.expect(fits, "bias", f"of one dimension and {channels} elements, the output channels", bias)
+        shape = call.type("bias").shape
+        if len(shape) != 1 or _differ(shape[0], channels):
+            call.refuse_operand("bias", f"to be 1-D, with an element for each of {channels} output channels")
 
 
 def _element_wise(call: _Call) -> None:
-    kind = call.expect_one_of("the operation", _ELEMENT_WISE)
+    kind = call.expect_kind(_ELEMENT_WISE)
     dtype = call.type("lhs").dtype
-    call.expect(dtype in _ELEMENT_WISE[kind].split(), "lhs", f"of type {_listed(_ELEMENT_WISE[kind])}", call.type("lhs"))
+    if dtype not in _ELEMENT_WISE[kind].split():
+        call.refuse_operand("lhs", f"of type {_listed(_ELEMENT_WISE[kind])}")
     wanted = "i1" if kind in _COMPARISONS else dtype
-    if call.result is not None:
-        call.expect(call.result.dtype == wanted, "the result", f"of type {wanted}", call.result)
+    if call.result is not None and call.result.dtype != wanted:
+        call.refuse("the result", f"of type {wanted}", call.result)
     _expect_same_rank(call, "lhs", "rhs")
-
-
-def _listed(types: str) -> str:
-    return types.replace(" ", ", ")
 
 
 def _gather(call: _Call) -> None:
     axis, common = call.attributes["axis"], call.attributes["num_broadcast_dims"]
     call.expect_axis(axis, "data")
     most = min(1, axis, call.type("indices").rank)
-    call.expect(0 <= common <= most, "num_broadcast_dims", f"within [0, {most}]", common)
+    if not 0 <= common <= most:
+        call.refuse("num_broadcast_dims", f"to be within [0, {most}]", common)
 
 
 def _linspace(call: _Call) -> None:
-    call.expect(call.type("start").rank == 0, "start", "to be a scalar", call.type("start"))
-    call.expect(call.type("shape").rank == 1, "shape", "to be 1-D", call.type("shape"))
+    if call.type("start").rank != 0:
+        call.refuse_operand("start", "to be a scalar")
     if call.result is not None:
         call.expect_vector("shape", call.result.rank)
         call.expect_vector("step", call.result.rank)
@@ -318,13 +318,13 @@ def _linspace(call: _Call) -> None:
 def _matrix_multiply(call: _Call) -> None:
     batches = []
     for name, attribute in (("input0", "op0"), ("input1", "op1")):
-        rank, op = call.type(name).rank, call.attributes[attribute]
-        call.expect(op in ("kNONE", "kTRANSPOSE", "kVECTOR"), attribute, "to be kNONE, kTRANSPOSE or kVECTOR", op)
-        least = 1 if op == "kVECTOR" else 2
-        call.expect(rank >= least, name, f"of a rank of at least {least} for {op}", call.type(name))
-        batches.append(rank - least)
-    got = f"{call.type('input0')} and {call.type('input1')}"
-    call.expect(batches[0] == batches[1], "input0 and input1", "of equally many batch dimensions", got)
+        least = _MATRICES[call.expect_kind(_MATRICES, attribute)]
+        if call.type(name).rank < least:
+            call.refuse_operand(name, f"of a rank of at least {least} for {call.attributes[attribute]}")
+        batches.append(call.type(name).rank - least)
+    if batches[0] != batches[1]:
+        got = f"{call.type('input0')} and {call.type('input1')}"
+        call.refuse("input0 and input1", "of equally many batch dimensions", got)
 
 
 def _normalization(call: _Call) -> None:
@@ -334,61 +334,66 @@ def _normalization(call: _Call) -> None:
         call.expect_axis(axis, "input")
     if groups == 1:
         return
-    call.expect(source.rank > 2, "input", "of a rank of at least 3 where num_groups is not 1", source)
-    call.expect(tuple(axes) == tuple(range(2, source.rank)), "axis", "to be all after the channels", list(axes))
-    channels = source.shape[1]
-    fits = not isinstance(channels, int) or channels % groups == 0
-    call.expect(fits, "input", f"of channels that {groups} groups divide", source)
+    if source.rank < 3 or tuple(axes) != tuple(range(2, source.rank)):
+        call.refuse("axis", f"to be all after the channels of {source} for {groups} groups", list(axes))
+    if not _is_multiple(source.shape[1], groups):
+        call.refuse_operand("input", f"of channels that {groups} groups divide")
+    shape = (1, groups, *[1] * (source.rank - 2))
     for name in ("scale", "bias"):
-        shape = (1, groups, *[1] * (source.rank - 2))
-        fits = not any(map(_differ, call.type(name).shape, shape))
-        call.expect(fits, name, f"of the shape {list(shape)}, one for each group", call.type(name))
+        if any(map(_differ, call.type(name).shape, shape)):
+            call.refuse_operand(name, f"of the shape {list(shape)}, one for each group")
 
 
 def _pooling(call: _Call) -> None:
-    source, kind = call.type("input"), call.attributes["pooling_type"]
-    call.expect(source.rank in (4, 5), "input", "of rank 4 or 5", source)
-    call.expect_length(source.rank - 2, "window_size", "stride", "pre_padding", "post_padding")
-    call.expect(kind in ("kMAX", "kAVERAGE"), "pooling_type", "to be kMAX or kAVERAGE", kind)
-    is_given = call.attributes["average_count_excludes_padding"] is not None
-    wanted = "to be given for an average only"
-    call.expect(is_given == (kind == "kAVERAGE"), "average_count_excludes_padding", wanted, kind)
+    rank = call.type("input").rank
+    if rank not in (4, 5):
+        call.refuse_operand("input", "of rank 4 or 5")
+    call.expect_length(rank - 2, "window_size", "stride", "pre_padding", "post_padding")
+    is_average = _POOLINGS[call.expect_kind(_POOLINGS, "pooling_type")]
+    excludes = call.attributes["average_count_excludes_padding"]
+    if (excludes is not None) != is_average:
+        call.refuse("average_count_excludes_padding", "to be given" if is_average else "to be absent", excludes)
 
 
 def _quantize(call: _Call) -> None:
-    _quantization(call, None if call.result is None else call.result.dtype)
-    if call.result is not None and call.result.dtype == _PACKED:
-        call.expect(call.is_built("input"), "input", f"to be a constant for a result of type {_PACKED}", call.type("input"))
+    dtype = None if call.result is None else call.result.dtype
+    _quantization(call, dtype)
+    if dtype == _PACKED and not call.is_built("input"):
+        call.refuse("input", f"to be a constant where the result is {_PACKED}", f"{call.type('input')}, which is none")
 
 
 def _dequantize(call: _Call) -> None:
     source = call.type("input")
     _quantization(call, source.dtype)
-    if source.dtype == _PACKED and isinstance(source.shape[-1], int):
-        call.expect(source.shape[-1] % 2 == 0, "input", f"of type {_PACKED} to have an even last dimension", source)
+    if source.dtype == _PACKED and not _is_multiple(source.shape[-1], 2):
+        call.refuse_operand("input", f"of type {_PACKED} to have an even last dimension")
 
 
 def _quantization(call: _Call, dtype: str | None) -> None:
     """Where the scale may lie: on the whole tensor, along an axis, or on blocks of i4 along the first dimension."""
     source, scale, axis = call.type("input"), call.type("scale"), call.attributes["axis"]
-    call.expect(source.rank > 0, "input", "of a rank of at least 1", source)
-    call.expect(call.is_built("scale"), "scale", "to be a constant that is known when the engine is built", scale)
+    if source.rank == 0:
+        call.refuse_operand("input", "of a rank of at least 1")
+    if not call.is_built("scale"):
+        call.refuse("scale", "to be a constant that is known when the engine is built", f"{scale}, which is none")
     _expect_same_shape(call)
     if axis is not None:
         call.expect_axis(axis, "input")
-        fits = scale.rank == 1 and not _differ(scale.shape[0], source.shape[axis])
-        call.expect(fits, "scale", f"of one dimension, as long as dimension {axis} of {source}", scale)
-        call.expect(dtype != "f8e4m3fn", "scale", "to be a scalar for f8e4m3fn", scale)
+        if scale.rank != 1 or _differ(scale.shape[0], source.shape[axis]):
+            call.refuse_operand("scale", f"to be 1-D and as long as dimension {axis} of {source}")
+        if dtype == "f8e4m3fn":
+            call.refuse_operand("scale", "to be a scalar for f8e4m3fn")
     elif scale.rank == 2:
-        call.expect(dtype in (None, _PACKED), "scale", f"to be a scalar, as only {_PACKED} has blocks", scale)
-        call.expect(source.rank == 2, "input", "of 2 dimensions for a scale of 2", source)
-        call.expect(not _differ(scale.shape[1], source.shape[1]), "scale", f"as wide as {source}", scale)
+        if dtype not in (None, _PACKED):
+            call.refuse_operand("scale", f"to be a scalar, as only {_PACKED} has blocks")
+        if source.rank != 2:
+            call.refuse_operand("input", "of 2 dimensions for a scale of 2")
         blocks, rows = scale.shape[0], source.shape[0]
-        if isinstance(blocks, int) and isinstance(rows, int):
-            fits = blocks > 0 and rows % blocks == 0
-            call.expect(fits, "scale", f"of blocks that divide the first dimension of {source}", scale)
-    else:
-        call.expect(scale.rank == 0, "scale", "to be a scalar where no axis is given", scale)
+        divides = blocks != 0 and (not isinstance(blocks, int) or _is_multiple(rows, blocks))
+        if not divides or _differ(scale.shape[1], source.shape[1]):
+            call.refuse_operand("scale", f"of blocks that divide the first dimension of {source}")
+    elif scale.rank != 0:
+        call.refuse_operand("scale", "to be a scalar where no axis is given")
 
 
 def _reduce(call: _Call) -> None:
@@ -398,27 +403,29 @@ def _reduce(call: _Call) -> None:
 
 def _reshape(call: _Call) -> None:
     shape = call.type("shape")
-    call.expect(shape.rank == 1 and shape.is_static, "shape", "to be 1-D and of a known length", shape)
+    if shape.rank != 1 or not shape.is_static:
+        call.refuse_operand("shape", "to be 1-D and of a known length")
     if call.result is not None:
         call.expect_vector("shape", call.result.rank)
 
 
-def _resize(resized: int) -> _More:
-    """Of the innermost dimensions ``resized`` may change."""
+def _resize(num_resized: int) -> _More:
+    """Of the innermost dimensions ``num_resized`` may change."""
 
     def check(call: _Call) -> None:
-        source, scales = call.type("input"), call.attributes["scales"]
-        given = "either scales or output_shape"
-        call.expect((scales is None) == ("output_shape" in call.operands), "it", f"to have {given}", scales)
+        source, scales, result = call.type("input"), call.attributes["scales"], call.result
+        if (scales is None) != ("output_shape" in call.operands):
+            call.refuse("scales", "to be given where output_shape is not, and only there", scales)
         call.expect_vector("output_shape", source.rank)
-        outer = max(source.rank - resized, 0)
+        outer = max(source.rank - num_resized, 0)
         if scales is not None:
             call.expect_length(source.rank, "scales")
-            call.expect(set(scales[:outer]) <= {1}, "scales", f"of 1 but for the last {resized}", list(scales))
-        if call.result is not None:
-            fits = call.result.rank == source.rank
-            fits = fits and not any(map(_differ, call.result.shape[:outer], source.shape[:outer]))
-            call.expect(fits, "the result", f"like {source} but for the last {resized} dimensions", call.result)
+            if any(scale != 1 for scale in scales[:outer]):
+                call.refuse("scales", f"to be 1 but for the last {num_resized}", list(scales))
+        if result is not None and (
+            result.rank != source.rank or any(map(_differ, result.shape[:outer], source.shape[:outer]))
+        ):
+            call.refuse("the result", f"like {source} but for the last {num_resized} dimensions", result)
 
     return check
 
@@ -429,17 +436,18 @@ def _select(call: _Call) -> None:
 
 def _shape(call: _Call) -> None:
     rank = call.type("input").rank
-    if call.result is not None:
-        call.expect(call.result.shape == (rank,), "the result", f"of one dimension and {rank} elements", call.result)
+    if call.result is not None and call.result.shape != (rank,):
+        call.refuse("the result", f"to be 1-D and of {rank} elements", call.result)
 
 
 def _slice(call: _Call) -> None:
     source, mode = call.type("input"), call.attributes["mode"]
     for name in ("start", "size", "stride"):
         call.expect_vector(name, source.rank)
-    call.expect("fill" not in call.operands or mode == "kFILL", "mode", "to be kFILL where a fill is given", mode)
-    if mode in ("kFILL", "kREFLECT", "kCLAMP"):
-        call.expect(source.dtype != "bf16", "input", f"not of type bf16 in the mode {mode}", source)
+    if "fill" in call.operands and mode != "kFILL":
+        call.refuse("mode", "to be kFILL where a fill is given", mode)
+    if source.dtype == "bf16" and mode in ("kFILL", "kREFLECT", "kCLAMP"):
+        call.refuse_operand("input", f"to be of another type than bf16 in the mode {mode}")
 
 
 def _softmax(call: _Call) -> None:
@@ -451,19 +459,20 @@ def _top_k(call: _Call) -> None:
     call.expect_axis(axis, "input")
     size = call.type("input").shape[axis]
     most = min(_GREATEST_K, size) if isinstance(size, int) else _GREATEST_K
-    call.expect(0 <= k <= most, "k", f"of at most {most} for {call.type('input')}", k)
+    if not 0 <= k <= most:
+        call.refuse("k", f"to be at most {most} for {call.type('input')}", k)
 
 
 def _transpose(call: _Call) -> None:
     rank, permutation = call.type("input").rank, call.attributes["permutation"]
-    is_whole = sorted(permutation) == list(range(rank))
-    call.expect(is_whole, "permutation", f"of the {rank} dimensions of {call.type('input')}", list(permutation))
+    if sorted(permutation) != list(range(rank)):
+        call.refuse("permutation", f"to be of the {rank} dimensions of {call.type('input')}", list(permutation))
 
 
 def _unary(call: _Call) -> None:
-    kind = call.expect_one_of("the operation", _UNARY)
-    source = call.type("input")
-    call.expect(source.dtype in _UNARY[kind].split(), "input", f"of type {_listed(_UNARY[kind])}", source)
+    kind = call.expect_kind(_UNARY)
+    if call.type("input").dtype not in _UNARY[kind].split():
+        call.refuse_operand("input", f"of type {_listed(_UNARY[kind])}")
 
 
 _RULES: dict[str, _Rule] = {
