@@ -16,10 +16,7 @@ import numpy as np
 
 from nvtripy_portable.dims import Dim, combine
 from nvtripy_portable.graph import Contents, GraphError, TensorType
-
-#: TensorRT's own words, which those who match its messages look for.
-NOT_CONFORMABLE = "broadcast dimensions must be conformable"
-OUT_OF_BOUNDS = "out of bounds access"
+from nvtripy_portable.reference import CHANGED_VOLUME, NOT_CONFORMABLE, OUT_OF_BOUNDS, UNEQUAL_PARTS
 
 _COMPARISONS = {"kLESS", "kGREATER", "kEQUAL", "kOR", "kAND", "kXOR"}
 _MAX_TRACKED_ELEMENTS = 16  # shape tensors are as long as a rank; larger tensors are data
@@ -81,7 +78,7 @@ def changed_volume(source: Sequence[Dim], target: Sequence[Dim]) -> str:
     low, high = sorted((before, after))
     is_multiple = low and high % low == 0
     return (
-        f"reshape changes volume{' to multiple of original non-zero volume' if is_multiple else ''}: expected "
+        f"{CHANGED_VOLUME}{' to multiple of original non-zero volume' if is_multiple else ''}: expected "
         f"{before} elements, those of {_text(source)}, but got {_text(target)}"
     )
 
@@ -136,8 +133,7 @@ def _concatenation(operands: list[Any], contents: list[Contents], attributes: di
                 shape[index] = combine("kSUM", shape[index], dim) if index == axis else _meet(shape[index], dim)
             except GraphError:
                 raise GraphError(
-                    f"all concat input tensors must have the same dimensions except on the concatenation axis "
-                    f"({axis}), but got shapes {' and '.join(_text(each.shape) for each in operands)}"
+                    f"{UNEQUAL_PARTS} ({axis}), but got shapes {' and '.join(_text(each.shape) for each in operands)}"
                 ) from None
     return [TensorType(operands[0].dtype, tuple(shape))]
 

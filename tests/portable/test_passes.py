@@ -515,7 +515,7 @@ LARGEST = 2**31 - 1
         ("kFLOOR_DIV", 7, 0, np.int32, 0),
         ("kMAX", -3, 2, np.int32, 2),
         ("kMIN", -3, 2, np.int32, -3),
-        ("kPOW", -3, 3, np.int32, -27),
+        ("kPOW", -3, 3, np.int64, -27),
     ],
 )
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "tensor"])
