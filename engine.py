@@ -17,7 +17,7 @@ import numpy as np
 import nvtripy as tp
 
 import model as model_module
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Linear
 from nvtripy_portable import engine_file
 from nvtripy_portable.decoder import Decoder
 from weight_loader import Checkpoint
@@ -107,11 +107,11 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
         CheckpointError: the weights are not those of ``config``.
     """
     gpt = GPT(config)
-    parameters = gpt.state_dict()
-    wanted = {name: parameter.dtype for name, parameter in parameters.items()}
+    wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
+    layers = dict(linear_layers(gpt))
     state = {}
     for name, array in checkpoint.parameters(config.dtype):
-        array = even_columns(array, parameters.get(name))
+        array = even_columns(array, layers.get(name.rpartition(".")[0]))
         # NumPy has no bfloat16 to hand over: those numbers go as float32, which holds them, and are cast in the graph.
         tensor = tp.Tensor(array.astype(np.float32) if config.dtype == "bfloat16" else array)
         if tensor.dtype != wanted[name]:
@@ -123,22 +123,29 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     return gpt
 
 
-def even_columns(array: np.ndarray, parameter: tp.Tensor | None) -> np.ndarray:
-    """A weight or scale with the column of ones that the model asks for after an odd number of them."""
-    shape = () if parameter is None else tuple(parameter.shape or ())
-    if len(shape) == 2 == array.ndim and shape[1] == array.shape[1] + 1:
-        return np.pad(array, ((0, 0), (0, 1)), constant_values=1)
-    return array
+def linear_layers(module: tp.Module, prefix: str = "") -> Iterator[tuple[str, Linear]]:
+    """The model's own linear layers, by the names of their parameters."""
+    for name, child in module.named_children():
+        if isinstance(child, Linear):
+            yield f"{prefix}{name}", child
+        else:
+            yield from linear_layers(child, f"{prefix}{name}.")
+
+
+def even_columns(array: np.ndarray, layer: Linear | None) -> np.ndarray:
+    """A weight or scale with the column of ones that its layer asks for after an odd number of them."""
+    if layer is None or not layer.is_padded or array.ndim != 2 or array.shape[1] != layer.out_features:
+        return array
+    return np.pad(array, ((0, 0), (0, 1)), constant_values=1)
 
 
 @stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
-    return tp.compile(gpt, args=model_inputs(gpt.config, batch))
+    return tp.compile(gpt, args=_inputs(gpt.config, batch))
 
 
-def model_inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
-    """What the cached forward takes: idx, position, cache, last."""
+def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
     tokens = (1, 1, config.n_positions)  # decoding, one token at a time, is what matters most
     return [
         tp.InputInfo((batch, tokens), dtype=tp.int32),
@@ -201,9 +208,7 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
         Exception: of any kind, if the file holds anything else, or an executable for other inputs.
     """
     executable = engine_file.load(path)
-    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != model_inputs(
-        config, batch
-    ):
+    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != _inputs(config, batch):
         raise ValueError("it holds something else")
     return executable
 

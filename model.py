@@ -375,6 +375,7 @@ class Linear(tp.Module):
         self.mode = mode
         self.has_blocks = mode is not None and mode.scales == "block"
         self.out_features = out_features
+        self.is_padded = self.has_blocks and out_features % 2 == 1
         self.per_token = config.per_token
         # nvtripy's own Linear declares the parameters: there is no other public way to declare one without a value.
         plain = tp.Linear(in_features, out_features, bias=bias, dtype=self.dtype)
@@ -382,7 +383,7 @@ class Linear(tp.Module):
         if mode is None:
             return
         if self.has_blocks:
-            columns = out_features + out_features % 2
+            columns = out_features + int(self.is_padded)
             self.weight = tp.Linear(columns, in_features, bias=False, dtype=self.dtype).weight
             blocks = in_features // config.block_size
             self.weight_scale = tp.Linear(columns, blocks, bias=False, dtype=self.dtype).weight
@@ -417,7 +418,7 @@ class Linear(tp.Module):
         dim = 0 if self.weight_scale.rank == 1 else None
         quantized = tp.quantize(self.weight, self.weight_scale, self.mode.weight, dim)
         rounded = tp.dequantize(quantized, self.weight_scale, self.dtype, dim)
-        return rounded[:, : self.out_features] if self.has_blocks and self.out_features % 2 else rounded
+        return rounded[:, : self.out_features] if self.is_padded else rounded
 
     def round_input(self, x: tp.Tensor, dtype: tp.dtype) -> tp.Tensor:
         """What is left of activations that go through ``dtype``."""

@@ -13,7 +13,7 @@ import nvtripy as tp
 import pytest
 import torch
 
-from engine import even_columns, model_inputs
+from engine import _inputs, even_columns, linear_layers
 from model import GPT, GPTConfig
 from nvtripy_portable import compiler, verify
 
@@ -62,8 +62,8 @@ def assert_accepted(inputs: str = "cached", **options: object) -> None:
     config = GPTConfig(**SIZES, **options)  # type: ignore[arg-type]
     infos = {
         "stateless": [tp.InputInfo((2, (1, 3, 8)), dtype=tp.int32)],
-        "without last": model_inputs(config, 2)[:3],
-        "cached": model_inputs(config, 2),
+        "without last": _inputs(config, 2)[:3],
+        "cached": _inputs(config, 2),
     }
     sizes: list[int] = []
     verified = verify.run
@@ -103,9 +103,12 @@ def test_odd_int4_weights_get_a_column() -> None:
     gpt = GPT(config)
     assert config.vocab_size % 2 == 1
     assert tuple(gpt.lm_head.weight.shape) == (8, 14) and tuple(gpt.lm_head.weight_scale.shape) == (2, 14)
+    layers = dict(linear_layers(gpt))
+    assert [name for name, layer in layers.items() if layer.is_padded] == ["lm_head"]
     weight = np.arange(8 * 13, dtype=np.float32).reshape(8, 13)
     for array in (weight, weight[:2]):
-        padded = even_columns(array, gpt.lm_head.weight)
+        padded = even_columns(array, layers["lm_head"])
         assert padded.shape == (len(array), 14) and np.array_equal(padded[:, :13], array)
-    assert even_columns(weight, gpt.wte.weight) is weight
-    assert even_columns(weight, None) is weight
+    for name in ("h.0.attn.c_attn", "wte"):
+        assert even_columns(weight, layers.get(name)) is weight
+    assert even_columns(weight[:, :12], layers["lm_head"]).shape == (8, 12)  # which is an error of the checkpoint's
