@@ -24,7 +24,6 @@ _NUMBERS = f"i8 i32 i64 {_FLOATS}"
 _TENSOR = f"i1 {_NUMBERS}"
 _ALL = f"{_TENSOR} f8e4m3fn i4"
 _SHAPE = "i32"
-
 _GREATEST_K = 3840  # of TensorRT's top-k
 _PACKED = "i4"  # whose elements lie two a byte
 
@@ -38,10 +37,9 @@ _UNARY: dict[str, str] = (
 )
 _ARITHMETIC = ("kSUM", "kPROD", "kMAX", "kMIN", "kSUB", "kDIV", "kFLOOR_DIV")
 _COMPARISONS = ("kEQUAL", "kGREATER", "kLESS")
-_LOGIC = ("kAND", "kOR", "kXOR")
 _ELEMENT_WISE: dict[str, str] = (
     dict.fromkeys((*_ARITHMETIC, *_COMPARISONS), _NUMBERS)
-    | dict.fromkeys(_LOGIC, "i1")
+    | dict.fromkeys(("kAND", "kOR", "kXOR"), "i1")
     | {"kPOW": f"i8 i64 {_FLOATS}"}  # of i32 not, as the operation's verifier says
 )
 _MATRICES = {"kNONE": 2, "kTRANSPOSE": 2, "kVECTOR": 1}  # and the rank that they need at least
@@ -204,6 +202,14 @@ def _expect_same_rank(call: _Call, *names: str) -> None:
         call.refuse(" and ".join(names), "of one rank", " and ".join(str(call.type(name)) for name in names))
 
 
+def _expect_one_rank(call: _Call) -> None:
+    _expect_same_rank(call, *call.operands)
+
+
+def _expect_axis(call: _Call) -> None:
+    call.expect_axis(call.attributes["axis"], next(iter(call.operands)))
+
+
 def _expect_same_shape(call: _Call) -> None:
     """That the result has the input's shape."""
     result, source = call.result, call.type("input")
@@ -244,11 +250,6 @@ def _collapse_rank(call: _Call) -> None:
         kept, wanted = ([size for size in type.shape if size != 1] for type in (result, source))
         if kept != wanted:
             call.refuse("the result", f"to lack dimensions of size 1 of {source} only", result)
-
-
-def _concatenation(call: _Call) -> None:
-    _expect_same_rank(call, *call.operands)
-    call.expect_axis(call.attributes["axis"], next(iter(call.operands)))
 
 
 def _constant(call: _Call) -> None:
@@ -430,14 +431,9 @@ def _resize(num_resized: int) -> _More:
     return check
 
 
-def _select(call: _Call) -> None:
-    _expect_same_rank(call, "condition", "then", "else")
-
-
 def _shape(call: _Call) -> None:
-    rank = call.type("input").rank
-    if call.result is not None and call.result.shape != (rank,):
-        call.refuse("the result", f"to be 1-D and of {rank} elements", call.result)
+    if call.result is not None and call.result.shape != (call.type("input").rank,):
+        call.refuse("the result", f"to be 1-D, the shape of {call.type('input')}", call.result)
 
 
 def _slice(call: _Call) -> None:
@@ -448,10 +444,6 @@ def _slice(call: _Call) -> None:
         call.refuse("mode", "to be kFILL where a fill is given", mode)
     if source.dtype == "bf16" and mode in ("kFILL", "kREFLECT", "kCLAMP"):
         call.refuse_operand("input", f"to be of another type than bf16 in the mode {mode}")
-
-
-def _softmax(call: _Call) -> None:
-    call.expect_axis(call.attributes["axis"], "input")
 
 
 def _top_k(call: _Call) -> None:
@@ -480,7 +472,7 @@ _RULES: dict[str, _Rule] = {
     "broadcast": _Rule("input:T shape:S -> T", _broadcast, T=_ALL, S=_SHAPE),
     "cast": _Rule("input:A -> B", _expect_same_shape, A=f"{_TENSOR} u8", B=f"{_TENSOR} u8"),
     "collapse_rank": _Rule("input:T -> T", _collapse_rank, T=_ALL),
-    "concatenation": _Rule("inputs:T* -> T", _concatenation, T=f"{_TENSOR} f8e4m3fn"),
+    "concatenation": _Rule("inputs:T* -> T", _expect_one_rank, _expect_axis, T=f"{_TENSOR} f8e4m3fn"),
     "constant": _Rule("-> T", _constant, T=_ALL),
     "convolution": _Rule("input:T kernel:T bias:T? -> T", _convolution, T=_FLOATS),
     "deconvolution": _Rule("input:T kernel:T bias:T? -> T", _deconvolution, T="i8 f16 f32"),
@@ -497,10 +489,10 @@ _RULES: dict[str, _Rule] = {
     "resize_cubic": _Rule("input:T output_shape:S? -> T", _resize(2), T="i8 f16 f32", S=_SHAPE),
     "resize_linear": _Rule("input:T output_shape:S? -> T", _resize(3), T="i8 f16 f32", S=_SHAPE),
     "resize_nearest": _Rule("input:T output_shape:S? -> T", _resize(3), T="i8 f16 f32", S=_SHAPE),
-    "select": _Rule("condition:C then:T else:T -> T", _select, C="i1", T=_TENSOR),
+    "select": _Rule("condition:C then:T else:T -> T", _expect_one_rank, C="i1", T=_TENSOR),
     "shape": _Rule("input:T -> S", _shape, T=_ALL, S=_SHAPE),
     "slice": _Rule("input:T start:S size:S stride:S fill:T? -> T", _slice, T=_TENSOR, S=_SHAPE),
-    "softmax": _Rule("input:T -> T", _softmax, _expect_same_shape, T=_FLOATS),
+    "softmax": _Rule("input:T -> T", _expect_axis, _expect_same_shape, T=_FLOATS),
     "top_k": _Rule("input:T -> T I", _top_k, T=f"i32 i64 {_FLOATS}", I="i32"),
     "transpose": _Rule("input:T -> T", _transpose, T=_ALL),
     "unary": _Rule("input:T -> T", _unary, _expect_same_shape, T=_TENSOR),

@@ -970,3 +970,36 @@ def test_errors_of_dynamic_shapes_are_in_tensorrts_words(name: str) -> None:
     dynamic = tp.InputInfo([(1, size, 2 * size + 4) for size in shape], tp.float32)
     with pytest.raises(tp.TripyException, match=text):
         tp.compile(function, args=[dynamic])(ones(*shape))
+
+
+@pytest.mark.parametrize(
+    ("emit", "reason"),
+    [
+        (
+            lambda op, x: op.transpose(x, (0, 2)),
+            r"transpose: expected permutation to be of the 2 dimensions of f32\[2, 3\]",
+        ),
+        (
+            lambda op, x: op.matrix_multiply(x, op.shape(x), "kNONE", "kNONE"),
+            "input1 of type f16, bf16, f32 but got i32",
+        ),
+        (lambda op, x: op.concatenation([x, op.shape(x)], 0), r"concatenation: expected inputs\[1\] of type"),
+        (lambda op, x: op.softmax(op.reduce(x, (5,), "kSUM", False), 7), "reduce kSUM: expected axes to be within"),
+    ],
+    ids=["transpose", "product", "concatenation", "beyond"],
+)
+def test_operations_whose_results_cannot_be_inferred_are_refused(emit: Callable[..., Any], reason: str) -> None:
+    """By the verifier's rules, before there is a graph to verify; what can be inferred is refused with the graph."""
+    from mlir_tensorrt.compiler import api as compiler_api
+    from mlir_tensorrt.compiler import ir
+    from mlir_tensorrt.compiler.dialects import func, tensorrt
+
+    type = ir.RankedTensorType.get((2, 3), ir.F32Type.get())
+    with ir.Context() as context, ir.Location.name("here"):
+        module = ir.Module.create()
+        with ir.InsertionPoint(module.body) as point:
+            block = func.FuncOp("main", ir.FunctionType.get([type], [type]), ip=point).add_entry_block()
+        with ir.InsertionPoint(block), pytest.raises((ir.MLIRError, api.MTRTException), match=reason) as error:
+            func.ReturnOp([emit(tensorrt, block.arguments[0])])
+            compiler_api.CompilerClient(context).get_compilation_task("", []).run(module)
+    assert "here" in error.value.error_diagnostics[0].location
