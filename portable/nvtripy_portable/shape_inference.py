@@ -53,7 +53,7 @@ def _broadcast_dim(a: Dim, b: Dim) -> Dim:
     if b == 1 or a == b:
         return a
     if isinstance(a, int) and isinstance(b, int):
-        raise GraphError(f"{a} and {b} are neither equal nor is one of them 1")
+        raise GraphError(f"{a} and {b}")
     # A dynamic dim beside a static one: the static one unless the dynamic one proves larger at run time.
     return a if isinstance(a, int) else b if isinstance(b, int) else None
 
@@ -65,7 +65,9 @@ def _broadcast(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> tuple[Dim, ...]:
     try:
         return tuple(_broadcast_dim(x, y) for x, y in zip(a, b, strict=True))
     except GraphError as error:
-        raise GraphError(f"{NOT_CONFORMABLE}, but in shapes {_text(a)} and {_text(b)} {error}") from None
+        raise GraphError(
+            f"{NOT_CONFORMABLE}: equal, or one of them 1, but got {error} in shapes {_text(a)} and {_text(b)}"
+        ) from None
 
 
 def _text(shape: Sequence[Dim]) -> str:

@@ -545,7 +545,7 @@ def test_contradictions_name_the_operation() -> None:
     operands: list[Value | None] = [graph.inputs[0].value, constant(graph, np.ones((2, 4)), np.float32)]
     graph.outputs = [apply(graph, "element_wise", operands, TensorType("f32", (None, None)), operation="kSUM")]
     graph.operations[-1].location = "loc(here)"
-    with pytest.raises(GraphError, match=r"element_wise: shapes \(2, 3\) and \(2, 4\)") as error:
+    with pytest.raises(GraphError, match=r"element_wise: .* in shapes \(2, 3\) and \(2, 4\)") as error:
         compiler.optimize(graph)
     assert error.value.location == "loc(here)"
 
