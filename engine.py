@@ -17,7 +17,7 @@ import numpy as np
 import nvtripy as tp
 
 import model as model_module
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Linear
 from nvtripy_portable import engine_file
 from nvtripy_portable.decoder import Decoder
 from weight_loader import Checkpoint
@@ -108,8 +108,10 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     """
     gpt = GPT(config)
     wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
+    layers = dict(linear_layers(gpt))
     state = {}
     for name, array in checkpoint.parameters(config.dtype):
+        array = even_columns(array, layers.get(name.rpartition(".")[0]))
         # NumPy has no bfloat16 to hand over: those numbers go as float32, which holds them, and are cast in the graph.
         tensor = tp.Tensor(array.astype(np.float32) if config.dtype == "bfloat16" else array)
         if tensor.dtype != wanted[name]:
@@ -119,6 +121,22 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
         state[name] = tensor
     gpt.load_state_dict(state)
     return gpt
+
+
+def linear_layers(module: tp.Module, prefix: str = "") -> Iterator[tuple[str, Linear]]:
+    """The model's own linear layers, by the names of their parameters."""
+    for name, child in module.named_children():
+        if isinstance(child, Linear):
+            yield f"{prefix}{name}", child
+        else:
+            yield from linear_layers(child, f"{prefix}{name}.")
+
+
+def even_columns(array: np.ndarray, layer: Linear | None) -> np.ndarray:
+    """A weight or scale with the column of ones that its layer asks for after an odd number of them."""
+    if layer is None or not layer.is_padded or array.ndim != 2 or array.shape[1] != layer.out_features:
+        return array
+    return np.pad(array, ((0, 0), (0, 1)), constant_values=1)
 
 
 @stderr_kept()

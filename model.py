@@ -362,6 +362,9 @@ class Linear(tp.Module):
     - ``weight_scale``: (out_features,), (in_features / config.block_size, out_features) or a scalar, by the mode.
     - ``input_scale``: a scalar, where activations are quantized and not token by token.
     - ``pre_quant_scale``: (in_features,), where the mode multiplies the input by it first.
+
+    A weight quantized in blocks has an even number of columns, as TensorRT packs two int4 of a row into a byte: where
+    out_features is odd, it and its scale end with a column more that nothing reads.
     """
 
     def __init__(
@@ -371,6 +374,8 @@ class Linear(tp.Module):
         self.dtype = config.tripy_dtype
         self.mode = mode
         self.has_blocks = mode is not None and mode.scales == "block"
+        self.out_features = out_features
+        self.is_padded = self.has_blocks and out_features % 2 == 1
         self.per_token = config.per_token
         # nvtripy's own Linear declares the parameters: there is no other public way to declare one without a value.
         plain = tp.Linear(in_features, out_features, bias=bias, dtype=self.dtype)
@@ -378,9 +383,10 @@ class Linear(tp.Module):
         if mode is None:
             return
         if self.has_blocks:
-            self.weight = tp.Linear(out_features, in_features, bias=False, dtype=self.dtype).weight
+            columns = out_features + int(self.is_padded)
+            self.weight = tp.Linear(columns, in_features, bias=False, dtype=self.dtype).weight
             blocks = in_features // config.block_size
-            self.weight_scale = tp.Linear(out_features, blocks, bias=False, dtype=self.dtype).weight
+            self.weight_scale = tp.Linear(columns, blocks, bias=False, dtype=self.dtype).weight
         elif mode.scales == "channel" and (config.per_channel or not mode.quantizes_input):
             self.weight_scale = tp.Linear(1, out_features, dtype=self.dtype).bias
         else:
@@ -406,12 +412,13 @@ class Linear(tp.Module):
         return tp.gather(tp.transpose(weight, 0, 1) if self.has_blocks else weight, 0, idx)
 
     def rounded_weight(self) -> tp.Tensor:
-        """What is left of the weight after quantization, in the shape of ``weight``."""
+        """What is left of the weight after quantization, (out_features, in_features), or transposed in blocks."""
         if self.mode is None:
             return self.weight
         dim = 0 if self.weight_scale.rank == 1 else None
         quantized = tp.quantize(self.weight, self.weight_scale, self.mode.weight, dim)
-        return tp.dequantize(quantized, self.weight_scale, self.dtype, dim)
+        rounded = tp.dequantize(quantized, self.weight_scale, self.dtype, dim)
+        return rounded[:, : self.out_features] if self.is_padded else rounded
 
     def round_input(self, x: tp.Tensor, dtype: tp.dtype) -> tp.Tensor:
         """What is left of activations that go through ``dtype``."""

@@ -80,6 +80,7 @@ ROOMS = (
     "cpu",
     "interpreter",
     "plan",
+    "verify",
     "shape_inference",
     "fused",
     "reference",

@@ -18,7 +18,7 @@ import torch
 from test_model import reference_logits, relative_error, save_random, stateless_logits
 from transformers import GPT2LMHeadModel
 
-from engine import Engine, compile_model
+from engine import Engine, compile_model, even_columns, linear_layers
 from model import GPT, QUANT_MODES, GPTConfig, QuantMode
 from weight_loader import open_checkpoint
 
@@ -41,10 +41,11 @@ class Quantized:
     """A random GPT-2 twice: as this model with scales, and as transformers' with everything rounded by NumPy."""
 
     def __init__(self, folder: Path, mode: str | None, **options: object) -> None:
+        architecture = ARCHITECTURE | {name: options[name] for name in ("vocab_size",) if name in options}
         self.reference = save_random(
-            folder, **ARCHITECTURE, tie_word_embeddings=options.get("tie_word_embeddings", True)
+            folder, **architecture, tie_word_embeddings=options.get("tie_word_embeddings", True)
         )
-        self.config = GPTConfig(**ARCHITECTURE, dtype="float32", quant_mode=mode, **options)  # type: ignore[arg-type]
+        self.config = GPTConfig(**ARCHITECTURE | options, dtype="float32", quant_mode=mode)  # type: ignore[arg-type]
         self.gpt = GPT(self.config)
         self.rng = np.random.default_rng(1)
         self.state = dict(open_checkpoint(folder).parameters("float32"))
@@ -62,6 +63,9 @@ class Quantized:
             self.quantize("wpe", QUANT_MODES["int8-weight-only"])
         if self.config.quant_embedding and not self.config.embedding_is_head:
             self.quantize("wte", QUANT_MODES["int8-weight-only"])
+        layers = dict(linear_layers(self.gpt))
+        for name, array in self.state.items():
+            self.state[name] = even_columns(array, layers.get(name.rpartition(".")[0]))
         self.gpt.load_state_dict({name: tp.Tensor(np.array(array, order="C")) for name, array in self.state.items()})
 
     def quantize(self, name: str, mode: QuantMode) -> None:
@@ -139,6 +143,8 @@ class Quantized:
         ("int4-weight-only", {"quant_lm_head": True, "quant_embedding": True}),
         ("int4-weight-only", {"block_size": 64, "pre_quant_scale": False, "quant_lm_head": True}),
         ("int4-weight-only", {"block_size": 16, "quant_lm_head": True, "quant_embedding": True}),
+        ("int4-weight-only", {"vocab_size": 161, "quant_lm_head": True, "quant_embedding": True}),
+        ("int4-weight-only", {"vocab_size": 161, "quant_lm_head": True, "tie_word_embeddings": False}),
         ("fp8", {}),
         ("fp8", {"quant_lm_head": True}),
         ("fp8", {"quant_lm_head": True, "quant_embedding": True}),

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from nvtripy_portable import interpreter
+from nvtripy_portable import interpreter, verify
 from nvtripy_portable.graph import Graph
 from nvtripy_portable.passes import (
     attention,
@@ -35,14 +35,17 @@ PASSES = (
 
 
 def optimize(graph: Graph) -> None:
-    """Runs every pass over ``graph``, in place.
+    """Verifies that TensorRT would accept ``graph``, and runs every pass over it, in place.
 
+    With ``NVTRIPY_PORTABLE_VERIFY=0`` in the environment it is not verified.
     With ``NVTRIPY_PORTABLE_PRINT_GRAPH=1`` in the environment the graph is printed to standard error after each pass;
     with a pass's name instead of the 1, after that one.
 
     Raises:
-        GraphError: an operation's operands contradict each other; the error says where.
+        GraphError: TensorRT would refuse an operation, or its operands contradict each other; the error says where.
     """
+    if os.environ.get("NVTRIPY_PORTABLE_VERIFY") != "0":
+        verify.run(graph)
     sources = {id(_root(value)) for value in _constants(graph).values()}
     wanted = os.environ.get("NVTRIPY_PORTABLE_PRINT_GRAPH", "")
     for run in PASSES:

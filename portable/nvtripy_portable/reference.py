@@ -45,6 +45,12 @@ FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 
+#: TensorRT's own words, which those who match its messages look for.
+CHANGED_VOLUME = "reshape changes volume"
+NOT_CONFORMABLE = "broadcast dimensions must be conformable"
+OUT_OF_BOUNDS = "out of bounds access"
+UNEQUAL_PARTS = "all concat input tensors must have the same dimensions except on the concatenation axis"
+
 FLOAT8_MAX = 448.0
 INTEGER_RANGE = {
     dtype: (int(ml_dtypes.iinfo(dtype).min), int(ml_dtypes.iinfo(dtype).max)) for dtype in (INT4, INT8, INT32, INT64)
@@ -146,7 +152,7 @@ def reshape(input: Array, shape: Array) -> Array:
     except ValueError:
         raise ValueError(
             f"reshape expects a shape of {input.size} elements for an input of shape {input.shape}, "
-            f"but got {dimensions}."
+            f"but got {dimensions}: {CHANGED_VOLUME}."
         ) from None
 
 
@@ -183,7 +189,7 @@ def broadcast(input: Array, shape: Array, *, broadcast_dims: Sequence[int]) -> A
     except (ValueError, IndexError):
         raise ValueError(
             f"broadcast expects an input whose dimensions are 1 or those of {target} at "
-            f"{list(broadcast_dims)}, but its shape is {input.shape}."
+            f"{list(broadcast_dims)}, but its shape is {input.shape}: {NOT_CONFORMABLE}."
         ) from None
 
 
@@ -195,7 +201,7 @@ def concatenation(*inputs: Array, axis: int) -> Array:
     except ValueError:  # which NumPy's error for a wrong axis is, too
         raise ValueError(
             f"concatenation expects inputs whose dimensions other than {axis} are equal, but their "
-            f"shapes are {', '.join(str(item.shape) for item in inputs)}."
+            f"shapes are {', '.join(str(item.shape) for item in inputs)}: {UNEQUAL_PARTS} ({axis})."
         ) from None
 
 
@@ -254,7 +260,7 @@ def _slice_inside(input: Array, starts: tuple[int, ...], sizes: tuple[int, ...],
         if count < 0 or (count and not (0 <= first < length and 0 <= last < length)):
             raise ValueError(
                 f"slice expects to stay within an input of shape {input.shape}, but got start {starts}, "
-                f"size {sizes} and stride {strides}."
+                f"size {sizes} and stride {strides}: {OUT_OF_BOUNDS}."
             )
         if count == 0:
             index.append(builtins.slice(0, 0))
@@ -344,7 +350,7 @@ def select(condition: Array, then_input: Array, else_input: Array) -> Array:
     except ValueError:
         raise ValueError(
             f"select expects operands whose dimensions are equal or 1, but their shapes are "
-            f"{condition.shape}, {then_input.shape} and {else_input.shape}."
+            f"{condition.shape}, {then_input.shape} and {else_input.shape}: {NOT_CONFORMABLE}."
         ) from None
 
 
@@ -433,7 +439,7 @@ def element_wise(lhs: Array, rhs: Array, *, operation: str) -> Array:
     except ValueError:
         raise ValueError(
             f"element_wise expects operands whose dimensions are equal or 1, but their shapes are "
-            f"{lhs.shape} and {rhs.shape}."
+            f"{lhs.shape} and {rhs.shape}: {NOT_CONFORMABLE}."
         ) from None
     return _store(result, BOOL if operation in _PREDICATES else lhs.dtype)
 
@@ -594,7 +600,7 @@ _ACTIVATIONS_WITH_ALPHA_AND_BETA: dict[str, Callable[[Array, float, float], Arra
     "kHARD_SIGMOID": lambda x, alpha, beta: np.clip(alpha * x + beta, 0, 1),
     "kSCALED_TANH": lambda x, alpha, beta: alpha * np.tanh(beta * x),
 }
-_ACTIVATION_PARAMETERS: dict[str, tuple[str, ...]] = (
+ACTIVATION_PARAMETERS: dict[str, tuple[str, ...]] = (
     dict.fromkeys(_ACTIVATIONS, ())
     | dict.fromkeys(_ACTIVATIONS_WITH_ALPHA, ("alpha",))
     | dict.fromkeys(_ACTIVATIONS_WITH_ALPHA_AND_BETA, ("alpha", "beta"))
@@ -612,7 +618,7 @@ def activation(input: Array, *, operation: str, alpha: float | None = None, beta
     kHARD_SIGMOID and kSCALED_TANH. Integers are computed in float32 and rounded to the nearest, a half to the even;
     their kRELU is exact.
     """
-    names = _look_up(_ACTIVATION_PARAMETERS, operation, "activation")
+    names = _look_up(ACTIVATION_PARAMETERS, operation, "activation")
     parameters = [{"alpha": alpha, "beta": beta}[name] for name in names]
     if None in parameters:
         raise ValueError(f"activation expects {' and '.join(names)} for {operation}, but got {parameters}.")
@@ -745,7 +751,7 @@ def normalization(
     except ValueError:
         raise ValueError(
             f"normalization expects a scale and a bias whose dimensions are those of the input's shape "
-            f"{input.shape} or 1, but they have {scale.shape} and {bias.shape}."
+            f"{input.shape} or 1, but they have {scale.shape} and {bias.shape}: {NOT_CONFORMABLE}."
         ) from None
     return _store(result, input.dtype).reshape(input.shape)
 

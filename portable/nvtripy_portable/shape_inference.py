@@ -9,13 +9,14 @@ operation. Both raise :class:`~nvtripy_portable.graph.GraphError` where shapes c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from nvtripy_portable.dims import Dim, combine
 from nvtripy_portable.graph import Contents, GraphError, TensorType
+from nvtripy_portable.reference import CHANGED_VOLUME, NOT_CONFORMABLE, OUT_OF_BOUNDS, UNEQUAL_PARTS
 
 _COMPARISONS = {"kLESS", "kGREATER", "kEQUAL", "kOR", "kAND", "kXOR"}
 _MAX_TRACKED_ELEMENTS = 16  # shape tensors are as long as a rank; larger tensors are data
@@ -52,7 +53,7 @@ def _broadcast_dim(a: Dim, b: Dim) -> Dim:
     if b == 1 or a == b:
         return a
     if isinstance(a, int) and isinstance(b, int):
-        raise GraphError(f"dimensions {a} and {b} cannot be broadcast: expected equal dimensions, or one of them 1")
+        raise GraphError(f"{a} and {b}")
     # A dynamic dim beside a static one: the static one unless the dynamic one proves larger at run time.
     return a if isinstance(a, int) else b if isinstance(b, int) else None
 
@@ -64,11 +65,24 @@ def _broadcast(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> tuple[Dim, ...]:
     try:
         return tuple(_broadcast_dim(x, y) for x, y in zip(a, b, strict=True))
     except GraphError as error:
-        raise GraphError(f"shapes {_text(a)} and {_text(b)} cannot be broadcast: {error}") from None
+        raise GraphError(
+            f"{NOT_CONFORMABLE}: equal, or one of them 1, but got {error} in shapes {_text(a)} and {_text(b)}"
+        ) from None
 
 
-def _text(shape: tuple[Dim, ...]) -> str:
+def _text(shape: Sequence[Dim]) -> str:
     return "(" + ", ".join("?" if dim is None else str(dim) for dim in shape) + ")"
+
+
+def changed_volume(source: Sequence[Dim], target: Sequence[Dim]) -> str:
+    """What is said of a reshape between static shapes of different numbers of elements, in TensorRT's words."""
+    before, after = (math.prod(shape) for shape in (source, target))  # type: ignore[arg-type]
+    low, high = sorted((before, after))
+    is_multiple = low and high % low == 0
+    return (
+        f"{CHANGED_VOLUME}{' to multiple of original non-zero volume' if is_multiple else ''}: expected "
+        f"{before} elements, those of {_text(source)}, but got {_text(target)}"
+    )
 
 
 def _as_shape(contents: Contents, rank: int | None) -> tuple[Dim, ...]:
@@ -86,6 +100,16 @@ _Rule = Callable[[list[Any], list[Contents], dict[str, Any]], list[TensorType]]
 
 def _same(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
     return [operands[0]]
+
+
+def _normalization(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
+    data, groups = operands[0], attributes["num_groups"]
+    for parameter in operands[1:]:
+        for axis, (size, wanted) in enumerate(zip(parameter.shape, data.shape, strict=True)):
+            is_group = axis == 1 and groups != 1 and size == groups
+            if isinstance(size, int) and isinstance(wanted, int) and size not in (1, wanted) and not is_group:
+                raise GraphError(f"{NOT_CONFORMABLE}, but got {_text(parameter.shape)} for {_text(data.shape)}")
+    return [data]
 
 
 def _with_dtype(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
@@ -111,8 +135,7 @@ def _concatenation(operands: list[Any], contents: list[Contents], attributes: di
                 shape[index] = combine("kSUM", shape[index], dim) if index == axis else _meet(shape[index], dim)
             except GraphError:
                 raise GraphError(
-                    f"concatenation along dimension {axis} needs equal sizes in all others, but got shapes "
-                    f"{' and '.join(_text(each.shape) for each in operands)}"
+                    f"{UNEQUAL_PARTS} ({axis}), but got shapes {' and '.join(_text(each.shape) for each in operands)}"
                 ) from None
     return [TensorType(operands[0].dtype, tuple(shape))]
 
@@ -145,7 +168,18 @@ def _collapse_rank(operands: list[Any], contents: list[Contents], attributes: di
 
 
 def _slice(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
-    return [TensorType(operands[0].dtype, _as_shape(contents[2], operands[0].rank))]
+    data = operands[0]
+    if attributes["mode"] == "kDEFAULT":
+        window = (_as_shape(each, data.rank) for each in contents[1:4])
+        for axis, (length, start, size, stride) in enumerate(zip(data.shape, *window, strict=True)):
+            if all(isinstance(each, int) for each in (length, start, size, stride)) and size > 0:
+                last = start + (size - 1) * stride
+                if min(start, last) < 0 or max(start, last) >= length:
+                    raise GraphError(
+                        f"{OUT_OF_BOUNDS} on axis {axis}: expected elements within [0, {length}) but got those from "
+                        f"{start} to {last}"
+                    )
+    return [TensorType(data.dtype, _as_shape(contents[2], data.rank))]
 
 
 def _reshape(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
@@ -156,9 +190,7 @@ def _reshape(operands: list[Any], contents: list[Contents], attributes: dict[str
         if -1 in shape and all(isinstance(dim, int) for dim in shape) and rest:
             shape = tuple(total // rest if dim == -1 else dim for dim in shape)
         if all(isinstance(dim, int) for dim in shape) and math.prod(shape) != total:  # type: ignore[arg-type]
-            raise GraphError(
-                f"cannot reshape {_text(operands[0].shape)} to {_text(shape)}: the number of elements must stay {total}"
-            )
+            raise GraphError(changed_volume(operands[0].shape, shape))
     return [TensorType(operands[0].dtype, tuple(None if dim == -1 else dim for dim in shape))]
 
 
@@ -171,7 +203,7 @@ def _broadcast_to(operands: list[Any], contents: list[Contents], attributes: dic
     for source, target in zip(operands[0].shape, attributes["broadcast_dims"], strict=True):
         wanted = shape[target]
         if isinstance(source, int) and isinstance(wanted, int) and source not in (1, wanted):
-            raise GraphError(f"cannot broadcast {_text(operands[0].shape)} to {_text(shape)}: {source} is not {wanted}")
+            raise GraphError(f"{NOT_CONFORMABLE}, but got {_text(operands[0].shape)} for {_text(shape)}")
     return [TensorType(operands[0].dtype, shape)]
 
 
@@ -269,7 +301,7 @@ _RULES: dict[str, _Rule] = {
     "gather": _gather,
     "linspace": _linspace,
     "matrix_multiply": _matrix_multiply,
-    "normalization": _same,
+    "normalization": _normalization,
     "pooling": _pooling,
     "quantize": _with_dtype,
     "reduce": _reduce,

@@ -398,7 +398,7 @@ def test_exchanged_memory_at_the_interpreters_exit() -> None:
 @pytest.mark.parametrize("dtype", [*TORCH_DTYPES.values(), tp.int4], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_tolist(dtype: Any, device: str) -> None:
-    values = [[0, 1, 1], [1, 0, 1]]
+    values = [[0, 1, 1, 0], [1, 0, 1, 1]]  # an even number, as TensorRT packs int4 two a byte
     tensor = tp.Tensor([[float(value) for value in row] for row in values])
     tensor = (
         tp.quantize(tensor, 1.0, dtype) if dtype in (tp.int4, tp.int8, tp.float8) else tp.cast(tensor, dtype)
@@ -460,6 +460,8 @@ def test_streams() -> None:
     assert first != second
     assert first == first
     assert tp.default_stream() is tp.default_stream()
+    assert len({first.ptr, second.ptr, tp.default_stream().ptr, 0}) == 4
+    assert first.ptr == first.ptr
     assert isinstance(first.ptr, int)
     double = tp.compile(lambda x: x * 2.0, args=[tp.InputInfo((2,), tp.float32)])
     assert double.stream == tp.default_stream()
@@ -586,6 +588,63 @@ def test_a_dimension_input_may_be_negative() -> None:
         assert result.tolist() == [[max(by, 0)], [min(by, 0)], [by * 2]]
 
 
+def test_dimension_inputs_in_every_place() -> None:
+    """Alone, before and after a tensor, as a size and as a number, with bounds that are dimensions themselves."""
+    bounds = tp.DimensionInputInfo((1, tp.ones((3, 2)).shape[1], tp.DimensionSize(3)))
+    doubled = tp.compile(lambda size: size * 2, args=[bounds])
+    assert doubled(tp.DimensionSize(3)).tolist() == 6
+    of_ones = tp.compile(lambda size: tp.ones((size, 2)), args=[bounds])
+    assert of_ones(tp.DimensionSize(3)).tolist() == [[1, 1]] * 3
+    rows = tp.compile(
+        lambda size, x: tp.reshape(x, (size, -1)),
+        args=[tp.DimensionInputInfo((1, 2, 4)), tp.InputInfo((4, 2), tp.float32)],
+    )
+    assert rows(tp.DimensionSize(2), ones(4, 2)).tolist() == [[1] * 4] * 2
+
+
+# --- what MLIR compares by value --------------------------------------------------------------------------------------
+
+
+def test_mlir_types_are_equal_by_value() -> None:
+    from nvtripy.backend.mlir.utils import get_mlir_dtype
+    from nvtripy.common.datatype import DATA_TYPES
+
+    from mlir_tensorrt.compiler import ir
+
+    types = [get_mlir_dtype(dtype) for dtype in DATA_TYPES.values()]
+    again = [get_mlir_dtype(dtype) for dtype in DATA_TYPES.values()]
+    assert types == again and len({*types, *again}) == len(types)
+    assert get_mlir_dtype(tp.float16) == ir.F16Type.get() != ir.BF16Type.get()
+    assert ir.IntegerType.get_signless(8) != ir.IntegerType.get_signless(4)
+    assert ir.F32Type.get() != "f32"
+    assert str(ir.F32Type.get()) == "f32"
+
+    tensors = [ir.RankedTensorType.get(shape, ir.F32Type.get()) for shape in ((2, 3), (2, 3), (3, 2))]
+    assert tensors[0] == tensors[1] != tensors[2] and len(set(tensors)) == 2
+    assert isinstance(tensors[0], ir.RankedTensorType) and not isinstance(ir.F32Type.get(), ir.RankedTensorType)
+    functions = [ir.FunctionType.get(tensors[:1], [tensors[i]]) for i in range(3)]
+    assert functions[0] == functions[1] != functions[2] and len(set(functions)) == 2
+
+
+def test_mlir_locations_and_attributes_are_equal_by_value() -> None:
+    from mlir_tensorrt.compiler import ir
+
+    def locations() -> list[ir.Location]:
+        return [ir.Location.unknown(), ir.Location.name("a"), ir.Location.fused([ir.Location.name("a")], "metadata")]
+
+    assert locations() == locations() and len({*locations(), *locations()}) == 3
+    assert ir.Location.name("a") != "a"
+    profile = "#tensorrt.shape_profile<min=[1], opt=[2], max=[3]>"
+    attributes = [
+        lambda: ir.Attribute.parse(profile),
+        lambda: ir.ArrayAttr.get([1, 2]),
+        lambda: ir.DenseI64ArrayAttr.get([1, 2]),
+        lambda: ir.StringAttr.get("a"),
+    ]
+    for attribute in attributes:
+        assert attribute() == attribute() and hash(attribute()) == hash(attribute())
+
+
 # --- errors of a program ----------------------------------------------------------------------------------------------
 
 
@@ -628,13 +687,13 @@ def unequal_choice(x: tp.Tensor) -> tp.Tensor:
 
 CONTRADICTIONS = {
     unequal_inner: "matrix_multiply: .*equal inner dimensions, but got 3 and 5",
-    unequal_operands: r"shapes \(4, 3\) and \(4, 2\) cannot be broadcast",
-    other_volume: r"cannot reshape \(4, 3\) to \(5, 3\): the number of elements must stay 12",
-    uneven_rows: r"equal sizes in all others, but got shapes \(4, 3\) and \(4, 4\)",
-    too_many: "k = 4 and a dimension of 3",
-    too_wide: r"cannot broadcast \(4, 3\) to \(4, 5\): 3 is not 5",
+    unequal_operands: r"must be conformable: .* got 3 and 2 in shapes \(4, 3\) and \(4, 2\)",
+    other_volume: r"reshape changes volume: expected 12 elements, those of \(4, 3\), but got \(5, 3\)",
+    uneven_rows: r"the same dimensions .* axis \(0\), but got shapes \(4, 3\) and \(4, 4\)",
+    too_many: r"k to be at most 3 for f32\[4, 3\] but got 4",
+    too_wide: r"must be conformable, but got \(4, 3\) for \(4, 5\)",
     too_few_rows: "a window of 5 .* does not fit into 4",
-    unequal_choice: r"shapes .*\(4, 3\) and \(2, 3\) cannot be broadcast",
+    unequal_choice: r"must be conformable: .* in shapes .*\(4, 3\) and \(2, 3\)",
 }
 
 
@@ -849,3 +908,98 @@ def test_results_of_every_type_have_it() -> None:
         result = (tp.cast(x, dtype) if dtype == tp.bfloat16 else tp.quantize(x, 1.0, dtype)).eval()
         assert memory(result).dtype == expected
         assert memory(result).astype(np.float32).tolist() == ([1.0, 2.0] if dtype == tp.int4 else [1.0, 2.5])
+
+
+# --- errors in TensorRT's words ---------------------------------------------------------------------------------------
+
+
+def layer_norm_of_another_size(x: tp.Tensor) -> tp.Tensor:
+    norm = tp.LayerNorm((2, 2))
+    norm.weight, norm.bias = tp.Tensor(np.ones((2, 2), np.float32)), tp.Tensor(np.zeros((2, 2), np.float32))
+    return norm(x)
+
+
+def linspace_of_halves(x: tp.Tensor) -> tp.Tensor:
+    from nvtripy.frontend.ops.utils import create_op, tensor_from_shape_like
+    from nvtripy.trace.ops.linspace import Linspace
+
+    shape = tensor_from_shape_like(x.shape)
+    return create_op(Linspace, [shape, tp.Tensor(0.0), tp.Tensor(np.ones(x.rank, np.float32))], dtype=tp.float16)
+
+
+CONFORMABLE = "broadcast dimensions must be conformable"
+#: nvtripy's own tests look for these texts: a program, the shape of its argument, the text.
+IN_TENSORRTS_WORDS: dict[str, tuple[Callable[[tp.Tensor], tp.Tensor], tuple[int, ...], str]] = {
+    "an index beyond": (lambda x: x[4], (3,), "out of bounds access"),
+    "an index beyond, before the first": (lambda x: x[-4], (3,), "out of bounds access"),
+    "a reshape": (lambda x: tp.reshape(x, (3, 3)), (2, 2), "reshape changes volume"),
+    "a squeeze": (
+        lambda x: tp.squeeze(x, 2),
+        (1, 1, 4),
+        "reshape changes volume to multiple of original non-zero volume",
+    ),
+    "a concatenation": (
+        lambda x: tp.concatenate([x, tp.ones((2, 4, 4))], dim=0),
+        (2, 3, 4),
+        "all concat input tensors must have the same dimensions",
+    ),
+    "a stack": (lambda x: tp.stack([x, tp.ones((4,))]), (3,), "all concat input tensors must have the same dimensions"),
+    "a sum": (lambda x: x + tp.ones((2, 3)), (2, 4), CONFORMABLE),
+    "a choice": (lambda x: tp.where(x > 0, x, tp.ones((3,))), (2,), CONFORMABLE),
+    "an expansion": (lambda x: tp.expand(x, (3,)), (2,), CONFORMABLE),
+    "a layer norm": (layer_norm_of_another_size, (5, 5, 5), CONFORMABLE),
+    "a type": (linspace_of_halves, (2, 2), "failed to run pass pipeline"),
+}
+
+
+@pytest.mark.parametrize("name", IN_TENSORRTS_WORDS)
+def test_errors_below_nvtripy_are_in_tensorrts_words(name: str) -> None:
+    function, shape, text = IN_TENSORRTS_WORDS[name]
+    x = tp.Tensor(np.ones(shape, np.float32))
+    with pytest.raises(tp.TripyException, match=text) as error:
+        function(x).eval()
+    assert HERE in message(error)
+    with pytest.raises(tp.TripyException, match=text):
+        tp.compile(function, args=[tp.InputInfo(shape, tp.float32)])
+
+
+@pytest.mark.parametrize("name", ["an index beyond", "a reshape", "a sum", "a concatenation"])
+def test_errors_of_dynamic_shapes_are_in_tensorrts_words(name: str) -> None:
+    """What only the shapes at run time show."""
+    function, shape, text = IN_TENSORRTS_WORDS[name]
+    dynamic = tp.InputInfo([(1, size, 2 * size + 4) for size in shape], tp.float32)
+    with pytest.raises(tp.TripyException, match=text):
+        tp.compile(function, args=[dynamic])(ones(*shape))
+
+
+@pytest.mark.parametrize(
+    ("emit", "reason"),
+    [
+        (
+            lambda op, x: op.transpose(x, (0, 2)),
+            r"transpose: expected permutation to be of the 2 dimensions of f32\[2, 3\]",
+        ),
+        (
+            lambda op, x: op.matrix_multiply(x, op.shape(x), "kNONE", "kNONE"),
+            "input1 of type f16, bf16, f32 but got i32",
+        ),
+        (lambda op, x: op.concatenation([x, op.shape(x)], 0), r"concatenation: expected inputs\[1\] of type"),
+        (lambda op, x: op.softmax(op.reduce(x, (5,), "kSUM", False), 7), "reduce kSUM: expected axes to be within"),
+    ],
+    ids=["transpose", "product", "concatenation", "beyond"],
+)
+def test_operations_whose_results_cannot_be_inferred_are_refused(emit: Callable[..., Any], reason: str) -> None:
+    """By the verifier's rules, before there is a graph to verify; what can be inferred is refused with the graph."""
+    from mlir_tensorrt.compiler import api as compiler_api
+    from mlir_tensorrt.compiler import ir
+    from mlir_tensorrt.compiler.dialects import func, tensorrt
+
+    type = ir.RankedTensorType.get((2, 3), ir.F32Type.get())
+    with ir.Context() as context, ir.Location.name("here"):
+        module = ir.Module.create()
+        with ir.InsertionPoint(module.body) as point:
+            block = func.FuncOp("main", ir.FunctionType.get([type], [type]), ip=point).add_entry_block()
+        with ir.InsertionPoint(block), pytest.raises((ir.MLIRError, api.MTRTException), match=reason) as error:
+            func.ReturnOp([emit(tensorrt, block.arguments[0])])
+            compiler_api.CompilerClient(context).get_compilation_task("", []).run(module)
+    assert "here" in error.value.error_diagnostics[0].location

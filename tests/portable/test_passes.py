@@ -515,7 +515,7 @@ LARGEST = 2**31 - 1
         ("kFLOOR_DIV", 7, 0, np.int32, 0),
         ("kMAX", -3, 2, np.int32, 2),
         ("kMIN", -3, 2, np.int32, -3),
-        ("kPOW", -3, 3, np.int32, -27),
+        ("kPOW", -3, 3, np.int64, -27),
     ],
 )
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "tensor"])
@@ -545,7 +545,7 @@ def test_contradictions_name_the_operation() -> None:
     operands: list[Value | None] = [graph.inputs[0].value, constant(graph, np.ones((2, 4)), np.float32)]
     graph.outputs = [apply(graph, "element_wise", operands, TensorType("f32", (None, None)), operation="kSUM")]
     graph.operations[-1].location = "loc(here)"
-    with pytest.raises(GraphError, match=r"element_wise: shapes \(2, 3\) and \(2, 4\)") as error:
+    with pytest.raises(GraphError, match=r"element_wise: .* in shapes \(2, 3\) and \(2, 4\)") as error:
         compiler.optimize(graph)
     assert error.value.location == "loc(here)"
 

@@ -35,6 +35,11 @@ def _rules(packer: _Packer) -> Iterator[Rule]:
         return lambda bound: _look_up(bound, packer, is_transposed)
 
     yield Rule(
+        "columns of dequantized weights",
+        Op("slice", _DEQUANTIZED, Constant("start"), Constant("size"), Constant("stride"), mode="kDEFAULT"),
+        _columns,
+    )
+    yield Rule(
         "product with floats",
         Op("matrix_multiply", Any("x"), Constant("weight"), op0="kNONE"),
         lambda bound: _float_product(bound, packer),
@@ -104,6 +109,23 @@ class _Packer:
     def _constant(self, value: np.ndarray) -> Value:
         self._operations.append(constant(value))
         return self._operations[-1].results[0]
+
+
+def _columns(bound: Bound) -> list[Operation] | None:
+    """The first columns of dequantized weights, as weights of their own."""
+    weight, scale, size = bound.constant("weight"), bound.constant("scale"), bound.constant("size")
+    attributes = bound.operations["dequantize"].attributes
+    if (
+        weight.ndim != 2
+        or size[0] != len(weight)
+        or bound.constant("start").any()
+        or (bound.constant("stride") != 1).any()
+    ):
+        return None
+    if scale.ndim == 2 or (scale.ndim == 1 and attributes["axis"] == 1):
+        scale = scale[..., : size[1]]
+    parts = [constant(weight[:, : size[1]]), constant(scale)]
+    return [*parts, Operation("dequantize", [each.results[0] for each in parts], attributes, [])]
 
 
 def _linear(bound: Bound, packed: _Packed | None) -> list[Operation] | None:

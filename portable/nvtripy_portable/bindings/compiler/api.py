@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from mlir_tensorrt.compiler import ir
-from mlir_tensorrt.runtime.api import Executable
+from mlir_tensorrt.runtime.api import Executable, MTRTException
 from nvtripy_portable import compiler
 from nvtripy_portable import executable as portable
 from nvtripy_portable.graph import GraphError
@@ -35,7 +35,10 @@ class CompilationTask:
         try:
             compiler.optimize(module.graph)
         except GraphError as error:
-            raise ir.MLIRError(str(error), error.location) from None
+            # As TensorRT's compiler says it, with the location where nvtripy looks for it.
+            failure = MTRTException(f"InternalError: failed to run pass pipeline: {error}")
+            failure.error_diagnostics = [ir.Diagnostic(error.location)]
+            raise failure from None
 
 
 def translate_mlir_to_executable(module: ir.Module) -> Executable:

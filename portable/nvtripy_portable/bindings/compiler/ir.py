@@ -16,7 +16,7 @@ from nvtripy_portable.graph import DTYPES, Bounds, Graph, TensorType, Value
 _DYNAMIC = -(1 << 63)  # MLIR's own sentinel
 
 
-class _Diagnostic:
+class Diagnostic:
     def __init__(self, location: str) -> None:
         self.location = location
 
@@ -26,7 +26,7 @@ class MLIRError(Exception):
 
     def __init__(self, message: str, location: str) -> None:
         super().__init__(message)
-        self.error_diagnostics = [_Diagnostic(location)]
+        self.error_diagnostics = [Diagnostic(location)]
 
 
 class _Scope:
@@ -74,6 +74,12 @@ class Location(_Scope):
 
     def __str__(self) -> str:
         return f"loc({self._text})"
+
+    def __eq__(self, other: object) -> bool:
+        return self._text == other._text if isinstance(other, Location) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._text)
 
 
 class Block:
@@ -125,7 +131,7 @@ class Module:
 
 
 class Type:
-    """An element type, by its MLIR name."""
+    """An element type, by its MLIR name: types of one name are equal."""
 
     mnemonic = ""
 
@@ -135,6 +141,15 @@ class Type:
     @classmethod
     def get(cls) -> Type:
         return cls()
+
+    def __eq__(self, other: object) -> bool:
+        return self.name == other.name if isinstance(other, Type) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class F64Type(Type):
@@ -169,7 +184,14 @@ class ShapedType:
         return _DYNAMIC
 
 
-class RankedTensorType:
+class _GraphTypes(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, TensorType)
+
+
+class RankedTensorType(metaclass=_GraphTypes):
+    """What ``get`` gives is a graph's own type, and counts as an instance."""
+
     @staticmethod
     def get(shape: Sequence[int], element_type: Type) -> TensorType:
         return TensorType(element_type.name, tuple(None if dim == _DYNAMIC else dim for dim in shape))
@@ -177,8 +199,11 @@ class RankedTensorType:
 
 class FunctionType:
     @staticmethod
-    def get(inputs: Sequence[TensorType], results: Sequence[TensorType]) -> tuple[list[TensorType], list[TensorType]]:
-        return list(inputs), list(results)
+    def get(inputs: Sequence[TensorType], results: Sequence[TensorType]) -> FunctionSignature:
+        return tuple(inputs), tuple(results)
+
+
+FunctionSignature = tuple[tuple[TensorType, ...], tuple[TensorType, ...]]
 
 
 # --- attributes: plain values -----------------------------------------------------------------------------------------
@@ -226,8 +251,8 @@ class FloatAttr:
 
 class ArrayAttr:
     @staticmethod
-    def get(values: Sequence[Any]) -> list[Any]:
-        return list(values)
+    def get(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values)
 
 
 class DictAttr:

@@ -20,7 +20,12 @@ from nvtripy_portable.interpreter import ExecutionError
 
 
 class MTRTException(Exception):
-    """A runtime error. nvtripy recognises some by their text and explains them in its own words."""
+    """An error of the compiler or the runtime. nvtripy recognises some by their text and explains them itself.
+
+    ``error_diagnostics``, where there are any, hold the locations by which nvtripy points at the user's own line.
+    """
+
+    error_diagnostics: list[Any]
 
 
 class ScalarTypeCode(Enum):
@@ -112,8 +117,10 @@ class Device:
 class Stream:
     """Calls complete before they return, so a stream has nothing to order and nothing to wait for."""
 
-    #: The address of a CUDA stream, for libraries that take one: null, CUDA's name of the default stream.
-    ptr = 0
+    @property
+    def ptr(self) -> int:
+        """An address that no other stream has at the same time: the object's own, as there is no CUDA stream."""
+        return id(self)
 
     def sync(self) -> None:
         """Returns at once."""

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlir_tensorrt.compiler import ir
-from nvtripy_portable.graph import Bounds, Graph, Input, TensorType, Value
+from nvtripy_portable.graph import Bounds, Graph, Input, Value
 
 
 class FuncOp:
     """A function with a graph for its body."""
 
-    def __init__(self, name: str, type: tuple[list[TensorType], list[TensorType]], ip: ir.InsertionPoint) -> None:
+    def __init__(self, name: str, type: ir.FunctionSignature, ip: ir.InsertionPoint) -> None:
         self.name = name
         self.attributes: dict[str, Any] = {}
         self._input_types = type[0]

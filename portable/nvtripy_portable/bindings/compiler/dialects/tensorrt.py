@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlir_tensorrt.compiler import ir
-from nvtripy_portable import shape_inference
+from nvtripy_portable import shape_inference, verify
 from nvtripy_portable.graph import DTYPE_NAMES, GraphError, Operation, TensorType, Value
 
 
@@ -68,6 +68,20 @@ class UnaryOperationAttr(_EnumAttr):
     pass
 
 
+# What shape inference can raise on operands and attributes that the verifier would have refused.
+_NONSENSE = (AttributeError, LookupError, TypeError, ValueError)
+
+
+def _reason(operation: Operation, error: Exception) -> str:
+    """Why the results of an operation cannot be inferred: the rule that it breaks, or else what was stumbled over."""
+    try:
+        verify.check_operands(operation)
+    except (GraphError, *_NONSENSE) as refusal:
+        error = refusal if isinstance(refusal, GraphError) else error
+    text = str(error) if isinstance(error, GraphError) else f"expected other operands or attributes ({error})"
+    return text if text.startswith(operation.kind) else f"{operation.kind}: {text}"
+
+
 def _emit(
     kind: str, operands: Sequence[Value | None], result_types: Sequence[TensorType] | None = None, **attributes: Any
 ) -> list[Value]:
@@ -76,8 +90,10 @@ def _emit(
         types = [operand.type if operand is not None else None for operand in operands]
         try:
             result_types = shape_inference.infer(kind, types, [None] * len(types), attributes)
-        except GraphError as error:
-            raise ir.MLIRError(f"{kind}: {error}", location) from None
+        except (GraphError, *_NONSENSE) as error:
+            raise ir.MLIRError(
+                _reason(Operation(kind, list(operands), attributes, [], location), error), location
+            ) from None
     operation = Operation(kind, list(operands), attributes, list(result_types), location)
     return ir.InsertionPoint.current().block.graph.add(operation).results
 
