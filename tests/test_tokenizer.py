@@ -413,8 +413,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"post_processor": {"type": "TemplateProcessing"}}, "a post_processor that adds tokens"),
     ({"post_processor": {"type": "Sequence", "processors": [{"type": "BertProcessing"}]}}, "post_processor that adds"),
     ({"added_tokens": {}, "model__ignore_merges": True}, "ignore_merges"),
-    ({"added_tokens": [{"content": "<m>", "id": 390, "lstrip": True}]}, "lstrip of the added token '<m>'"),
-    ({"added_tokens": [{"content": "<m>", "id": 7}]}, "the id 7 of the added token '<m>' is not its own"),
+    ({"added_tokens": [{"content": "<m>", "id": 390, "lstrip": 3}]}, "expected lstrip to be true or false, got 3"),
+    ({"pre_tokenizer": {"type": "ByteLevel"}}, "expected add_prefix_space to be true or false, got None"),
+    ({"added_tokens": [{"content": "\ud800", "id": 390}]}, "the lone surrogate '\\ud800'"),
     ({"added_tokens": [3]}, "expected an added token with its content, got 3"),
     ({"added_tokens": 3}, "expected added_tokens to be a list"),
 ]
@@ -460,7 +461,7 @@ def test_no_files_and_another_vocabulary(tmp_path: Path) -> None:
 def test_settings_that_add_tokens_are_refused(tmp_path: Path, flag: str) -> None:
     folder = save(trained(), tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps({flag: True}))
-    with pytest.raises(CheckpointError, match=f"{flag}=true is not supported"):
+    with pytest.raises(CheckpointError, match=f"{flag}=True is not supported"):
         load_tokenizer(folder, 390)
 
 

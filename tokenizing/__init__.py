@@ -1,0 +1,1 @@
+"""What tokenizer.py is made of: HuggingFace's tokenizer files, and added tokens in a text."""
