@@ -115,7 +115,8 @@ def _cut(text: str, pattern: re.Pattern[str], by_content: Mapping[str, AddedToke
             stop = len(text) - len(text[stop:].lstrip(WHITE_SPACE))
         if begin < start:
             parts.append(text[begin:start])
-        parts.append(token.id)
+        if start < stop:  # else the token before it has taken all of its white space
+            parts.append(token.id)
         begin = stop
     parts.append(text[begin:])
     return parts
