@@ -25,7 +25,7 @@ import numpy as np
 
 from tokenizing import files
 from tokenizing.added_tokens import WHITE_SPACE, AddedToken, AddedTokens
-from tokenizing.files import END_OF_TEXT, Description
+from tokenizing.description import END_OF_TEXT, Description, contents
 from weight_loader import CheckpointError
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _token_bytes(token: str) -> bytes:
 
 def _build_alphabet(description: Description) -> Tokenizer:
     """The tokenizer of an alphabet: its tokens, but for the added ones, are single characters."""
-    special = files.contents(description.added)
+    special = contents(description.added)
     alphabet = {token: id for token, id in description.vocabulary.items() if token not in special}
     if longer := [token for token in alphabet if len(token) != 1]:
         raise CheckpointError(f"{description.source}: expected each token to be one character, got {longer[0]!r:.60}")
@@ -368,7 +368,7 @@ def _build_bpe(description: Description) -> Tokenizer:
         )
     reached = _reached(np.array(pairs, np.int64).reshape(-1, 2))
 
-    added = files.contents(description.added)
+    added = contents(description.added)
     if description.ignore_merges:
         whole = set(vocabulary) - numbers.keys() - added.keys()
         if whole or not reached.all():

@@ -43,7 +43,8 @@ from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
 from quantization import QuantizationError
 from tokenizer import describe
-from tokenizing.files import has_files, to_json, write_json
+from tokenizing.description import to_json, write_json
+from tokenizing.files import has_files
 from training.batches import Batches, Dataset, load_dataset
 from training.config import TrainConfig, parse_config
 from training.log import Evaluation, TrainingLog, say

@@ -48,6 +48,7 @@ PROGRAMS = (
     "compression",
     "tokenizer",
     "tokenizing.files",
+    "tokenizing.description",
     "tokenizing.added_tokens",
     "weight_loader",
     "modelopt_layout",

@@ -855,7 +855,7 @@ def test_a_calibration_text_from_windows_is_the_same_text(tmp_path: Path) -> Non
     texts = []
     for name, content in (("unix", b"one\ntwo\n"), ("windows", b"\xef\xbb\xbfone\r\ntwo\r\n")):
         (tmp_path / name).write_bytes(content)
-        texts.append(quantization.calibration_text(config("fp8", calib_data=str(tmp_path / name)))[0])
+        texts.append(quantization.calibration_text(QuantizationConfig("fp8", calib_data=str(tmp_path / name)))[0])
     assert texts == ["one\ntwo\n"] * 2
 
 

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import tokenizer as ours
 from tokenizer import GPT2_VOCAB_SIZE, StreamDecoder, load_tokenizer
-from tokenizing.files import from_json, to_json, write_json
+from tokenizing.description import from_json, to_json, write_json
 from weight_loader import CheckpointError
 
 TIKTOKEN_FILES = Path(__file__).parents[2] / "shared" / "tiktoken"

@@ -14,7 +14,7 @@ import torch
 
 from command_line import UsageError
 from tokenizer import BytePairTokenizer, Tokenizer, build, byte_ids
-from tokenizing.files import Description, from_json
+from tokenizing.description import Description, from_json
 from training.config import TrainConfig
 from weight_loader import CheckpointError, read_json
 

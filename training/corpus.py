@@ -28,7 +28,8 @@ import command_line
 from command_line import Parser, UsageError
 from text_file import decode_text, read_text
 from tokenizer import GPT2_VOCAB_SIZE, Tokenizer, UnknownCharacterError, build, describe
-from tokenizing.files import END_OF_TEXT, Description, from_json, has_files, to_json, write_json
+from tokenizing.description import END_OF_TEXT, Description, from_json, to_json, write_json
+from tokenizing.files import has_files
 from weight_loader import CheckpointError, find_tokenizer, read_json
 
 TOKENIZERS = ("char", "bpe")

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
-from tokenizing.files import Description, to_json, write_json
+from tokenizing.description import Description, to_json, write_json
 
 STATE_FILE = "ckpt.pt"
 #: What ckpt.pt holds; train.Run.state says what each is.
