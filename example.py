@@ -20,6 +20,7 @@ import command_line
 import generation
 import machine
 import quantization
+import text_file
 from command_line import UsageError
 from quantization import QuantizationConfig, QuantizationError
 from response import Response, encode_prompt
@@ -128,11 +129,11 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: there is none, one is empty, or they are not text.
     """
-    source = options.batch or "standard input"
+    source = str(options.batch or "standard input")
     try:
         if options.batch is not None:
             # Not splitlines, which would also cut at a form feed or U+2028 within a prompt.
-            prompts = options.batch.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            prompts = _without_line_end(text_file.read_text(options.batch)).split("\n")
             if prompts == [""]:
                 raise UsageError(f"expected a prompt on each line of {source} but the file is empty")
         elif options.input_text is not None:
@@ -142,16 +143,19 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         else:
             if sys.stdin.isatty():
                 print("Reading the prompt from standard input; end it with Ctrl-D.", file=sys.stderr)
-            prompts = [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
+            prompts = [_without_line_end(text_file.decode_text(sys.stdin.buffer.read(), source))]
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"expected UTF-8 text in {source} but byte {error.start} is not") from None
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             where = f" on line {number} of {options.batch}" if options.batch else ""
             raise UsageError(f"expected a prompt but got an empty one{where}")
     return prompts
+
+
+def _without_line_end(text: str) -> str:
+    """A text whose last line may have an end; a lone carriage return at the very end is one, too."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def quantized(checkpoint: Checkpoint, config: QuantizationConfig) -> Checkpoint:

@@ -39,7 +39,8 @@ import numpy as np
 
 import command_line
 import compression
-from command_line import EMBEDDED_CHECKPOINT
+import text_file
+from command_line import EMBEDDED_CHECKPOINT, UsageError
 from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
@@ -241,15 +242,9 @@ def _is_hub_dataset(name: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise QuantizationError(f"cannot read the calibration text {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise QuantizationError(
-            f"expected UTF-8 text to calibrate on but byte {error.start} of {path} is not"
-        ) from None
-    if "\0" in text:
-        raise QuantizationError(f"expected text to calibrate on but {path} is a binary file")
+        text = text_file.read_text(path)
+    except UsageError as error:
+        raise QuantizationError(str(error)) from None
     if not text.strip():
         raise QuantizationError(f"expected text to calibrate on but {path} is empty")
     return text

@@ -15,26 +15,26 @@ encoding "gpt2". What cannot be represented exactly is refused, by name, with `C
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from weight_loader import CheckpointError, read_json
+from tokenizing import files
+from tokenizing.added_tokens import WHITE_SPACE, AddedToken, AddedTokens
+from tokenizing.description import END_OF_TEXT, Description, contents
+from weight_loader import CheckpointError
 
 if TYPE_CHECKING:
     import tiktoken
 
-END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50257
 
-# Unicode's White_Space, which is what both tokenizers mean by \s; Python's own \s has four control characters more.
-_WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 # A run of a million white-space characters overflows the stack of tiktoken's regex engine.
-_LONG_WHITE_SPACE = re.compile(_WHITE_SPACE + "{50000,}")
+_LONG_WHITE_SPACE = re.compile(f"[{re.escape(WHITE_SPACE)}]{{50000,}}")
 
 
 class UnknownCharacterError(CheckpointError, ValueError):
@@ -52,6 +52,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens written in it become their ids, as with transformers."""
+
+    def encode_in_parts(self, text: str) -> Iterator[list[int]]:
+        """The same ids, part by part, so that a long text needs little memory: a document is a part."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`; an id without a token (in a padded vocabulary) has none."""
@@ -99,16 +102,32 @@ class BytePairTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; a lone surrogate, which no UTF-8 text can hold, is taken as U+FFFD."""
-        ids: list[int] = []
-        for piece in self._added.split(text):
-            if piece in self._added.ids:
-                ids.append(self._added.ids[piece])
+        return [id for part in self.encode_in_parts(text) for id in part]
+
+    def encode_in_parts(self, text: str) -> Iterator[list[int]]:
+        for piece in self._pieces(text):
+            if isinstance(piece, int):
+                yield [piece]
                 continue
-            if self._add_prefix_space and not piece.startswith(" "):
-                piece = " " + piece
             for part in _short_of_stack_overflow(piece) if self._use_regex else [piece]:
-                ids.extend(self._ids[rank] for rank in self.encoding.encode_ordinary(part))
-        return ids
+                yield [self._ids[rank] for rank in self.encoding.encode_ordinary(part)]
+
+    def words(self, text: str) -> Iterator[bytes | int]:
+        """The words whose bytes `encode` merges, and between them the ids of added tokens."""
+        import regex
+
+        pattern = regex.compile(self.encoding._pat_str)
+        for piece in self._pieces(text):
+            if isinstance(piece, int):
+                yield piece
+            else:
+                yield from (match[0].encode("utf-8", "replace") for match in pattern.finditer(piece))
+
+    def _pieces(self, text: str) -> Iterator[str | int]:
+        for piece in self._added.split(text):
+            if self._add_prefix_space and isinstance(piece, str) and not piece.startswith(" "):
+                piece = " " + piece
+            yield piece
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._tokens.get(id, b"") for id in ids)
@@ -134,8 +153,9 @@ class CharacterTokenizer:
         self.eos_id = eos_id
         self._source = source
         self._alphabet = alphabet
+        added = list(added)
         self._added = AddedTokens(added)
-        self._tokens = {id: token for token, id in [*alphabet.items(), *self._added.ids.items()]}
+        self._tokens = {id: token for token, id in alphabet.items()} | {token.id: token.content for token in added}
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`.
@@ -143,20 +163,24 @@ class CharacterTokenizer:
         Raises:
             UnknownCharacterError: a character is not in the alphabet.
         """
-        ids: list[int] = []
+        return [id for part in self.encode_in_parts(text) for id in part]
+
+    def encode_in_parts(self, text: str) -> Iterator[list[int]]:
         for piece in self._added.split(text):
-            if piece in self._added.ids:
-                ids.append(self._added.ids[piece])
+            if isinstance(piece, int):
+                yield [piece]
                 continue
             try:
-                ids.extend(map(self._alphabet.__getitem__, piece))
-            except KeyError as error:
-                character = error.args[0]
-                raise UnknownCharacterError(
-                    f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self._alphabet)} "
-                    f"of {self._source}"
-                ) from None
-        return ids
+                yield list(map(self._alphabet.__getitem__, piece))
+            except KeyError:
+                raise UnknownCharacterError(self._complaint(text)) from None
+
+    def _complaint(self, text: str) -> str:
+        pieces = (piece for piece in self._added.split(text) if isinstance(piece, str))
+        first, *others = sorted({letter for piece in pieces for letter in piece if letter not in self._alphabet})
+        more = f", nor are {len(others)} others of the text" if others else ""
+        known = f"the {len(self._alphabet)} of {self._source}"
+        return f"the character {first!r} (U+{ord(first):04X}) is not among {known}{more}"
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode("utf-8", "replace")
@@ -199,268 +223,84 @@ def load_tokenizer(checkpoint_path: Path, vocab_size: int) -> Tokenizer:
         CheckpointError: the files are absent, damaged, or of a tokenizer that is neither byte-level BPE nor an
             alphabet.
     """
-    if (checkpoint_path / "tokenizer.json").is_file():
-        description = _read_tokenizer_json(checkpoint_path)
-        return (_build if description.merges is not None else _build_alphabet)(description, vocab_size)
-    if (checkpoint_path / "vocab.json").is_file() and (checkpoint_path / "merges.txt").is_file():
-        return _build(_read_vocab_and_merges(checkpoint_path), vocab_size)
+    if files.has_files(checkpoint_path):
+        return build(files.read(checkpoint_path), vocab_size)
     # nanoGPT pads GPT-2's vocabulary to 50304, a multiple of 64.
     if not GPT2_VOCAB_SIZE <= vocab_size <= 50304:
         raise CheckpointError(
             f"{str(checkpoint_path)!r} has neither tokenizer.json nor vocab.json with merges.txt, "
             f"and its vocabulary of {vocab_size} is not GPT-2's"
         )
-    return _gpt2(checkpoint_path)
+    encoding = _gpt2_encoding(checkpoint_path)
+    tokens = {id: encoding.decode_single_token_bytes(id) for id in range(encoding.n_vocab)}
+    added = [AddedToken(END_OF_TEXT, id=encoding.eot_token)]
+    return BytePairTokenizer(encoding, list(range(encoding.n_vocab)), tokens, added, eos_id=encoding.eot_token)
 
 
-def _gpt2(checkpoint_path: Path) -> Tokenizer:
+def describe(checkpoint_path: Path, vocab_size: int) -> Description:
+    """What `load_tokenizer` builds from, for training to keep.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    if files.has_files(checkpoint_path):
+        return files.read(checkpoint_path).within(vocab_size)
+    load_tokenizer(checkpoint_path, vocab_size)  # it is GPT-2's, or there is none
+    return _gpt2_description(checkpoint_path)
+
+
+def build(description: Description, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a description, for a model of `vocab_size` embeddings.
+
+    Raises:
+        CheckpointError: the vocabulary is larger, or none of ours encodes exactly as described.
+    """
+    description = description.within(vocab_size)
+    return (_build_alphabet if description.merges is None else _build_bpe)(description)
+
+
+def byte_ids(description: Description) -> list[int]:
+    """The ids of the 256 bytes, from which merging begins, of a BPE."""
+    letters = {byte: chr(code) for code, byte in _ALPHABET.items()}
+    return [description.vocabulary[letters[byte]] for byte in range(256)]
+
+
+def _gpt2_encoding(checkpoint_path: Path) -> tiktoken.Encoding:
     """GPT-2's own vocabulary, which tiktoken downloads once."""
     import tiktoken
 
     try:
-        encoding = tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the network provokes
         raise CheckpointError(
             f"{str(checkpoint_path)!r} has no tokenizer files, and GPT-2's cannot be had from tiktoken "
             f"({type(error).__name__}): put tokenizer.json there, or a filled cache at TIKTOKEN_CACHE_DIR"
         ) from error
-    tokens = {id: encoding.decode_single_token_bytes(id) for id in range(encoding.n_vocab)}
-    added = [AddedToken(END_OF_TEXT, encoding.eot_token)]
-    return BytePairTokenizer(encoding, list(range(encoding.n_vocab)), tokens, added, eos_id=encoding.eot_token)
+
+
+def _gpt2_description(checkpoint_path: Path) -> Description:
+    """The same as a description: a token's merge joins the two that its bytes become by the merges before it."""
+    encoding = _gpt2_encoding(checkpoint_path)
+    letters = {byte: chr(code) for code, byte in _ALPHABET.items()}
+    ranks = encoding._mergeable_ranks
+    vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            found = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            place = found.index(min(found))
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            left, right = ("".join(letters[byte] for byte in part) for part in parts)
+            merges.append((left, right))
+    added = [AddedToken(END_OF_TEXT, id=encoding.eot_token, special=True)]
+    vocabulary[END_OF_TEXT] = encoding.eot_token
+    return Description(checkpoint_path, vocabulary, merges, added, eos_token=END_OF_TEXT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading HuggingFace's files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is found in the text before it is split into words. `normalized` ones are looked for last."""
-
-    content: str
-    id: int
-    normalized: bool = False
-
-
-class AddedTokens:
-    """The added tokens of a vocabulary.
-
-    Attributes:
-        ids: id by content.
-    """
-
-    def __init__(self, tokens: Iterable[AddedToken]) -> None:
-        tokens = list(tokens)
-        self.ids = {token.content: token.id for token in tokens}
-        self._patterns = []
-        for normalized in (False, True):
-            contents = sorted((t.content for t in tokens if t.normalized is normalized), key=len, reverse=True)
-            if contents:
-                self._patterns.append(re.compile("(" + "|".join(map(re.escape, contents)) + ")"))
-
-    def split(self, text: str) -> list[str]:
-        """`text` cut around the tokens in it: at the leftmost, and there the longest; pieces are never empty."""
-        pieces = [text]
-        for pattern in self._patterns:
-            pieces = [part for piece in pieces for part in ([piece] if piece in self.ids else pattern.split(piece))]
-        return [piece for piece in pieces if piece]
-
-
-@dataclass
-class _Description:
-    """A tokenizer as its files describe it."""
-
-    source: Path
-    vocabulary: dict[str, int]  # in the byte alphabet; of an alphabet: its characters
-    merges: list[tuple[str, str]] | None  # by priority; None: an alphabet
-    added: list[AddedToken] = field(default_factory=list)
-    use_regex: bool = True
-    add_prefix_space: bool = False
-    ignore_merges: bool = False
-    eos_token: str | None = None
-
-
-def _read_tokenizer_json(folder: Path) -> _Description:
-    """tokenizer.json, of HuggingFace's `tokenizers`."""
-    source = folder / "tokenizer.json"
-    raw = read_json(source)
-
-    def part(name: str) -> dict[str, Any]:
-        value = raw.get(name)
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{source}: expected {name} to be of a byte-level BPE tokenizer, got {value!r:.60}")
-        return value
-
-    def require(name: str, found: object, *accepted: object) -> None:
-        if found not in accepted:
-            raise CheckpointError(f"{source}: {name}={found!r:.60} is not supported, only {accepted[0]!r}")
-
-    model, pre_tokenizer = part("model"), part("pre_tokenizer")
-    is_alphabet = model.get("type") == "WordLevel"
-    if is_alphabet:
-        # Each character a token, which the pattern cuts out, and the decoder joins without spaces between.
-        require("pre_tokenizer", pre_tokenizer, EACH_CHARACTER)
-        require("decoder.type", part("decoder").get("type"), "Fuse")
-        if model.get("unk_token") in (model.get("vocab") or {}):
-            raise CheckpointError(f"{source}: an alphabet with a token for what is not in it is not supported")
-    else:
-        require("model.type", model.get("type", "BPE"), "BPE")
-        require("pre_tokenizer.type", pre_tokenizer.get("type"), "ByteLevel")
-        require("decoder.type", part("decoder").get("type"), "ByteLevel")
-    normalizer = raw.get("normalizer")
-    require("normalizer", normalizer.get("type") if isinstance(normalizer, dict) else normalizer, None)
-    if not _adds_nothing(raw.get("post_processor")):
-        raise CheckpointError(f"{source}: a post_processor that adds tokens to the text's is not supported")
-    require("model.dropout", model.get("dropout"), None, 0)
-    require("model.byte_fallback", model.get("byte_fallback", False), False)
-    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
-        require(f"model.{affix}", model.get(affix), None, "")
-
-    description = _Description(
-        source,
-        _vocabulary(source, model.get("vocab")),
-        None if is_alphabet else _merges(source, model.get("merges")),
-        use_regex=pre_tokenizer.get("use_regex", True) is not False,
-        add_prefix_space=pre_tokenizer.get("add_prefix_space", True) is not False,
-        ignore_merges=model.get("ignore_merges", False) is True,
-    )
-    added = raw.get("added_tokens") or []
-    if not isinstance(added, list):
-        raise CheckpointError(f"{source}: expected added_tokens to be a list, got {added!r:.60}")
-    for token in added:
-        _add(description, token, token.get("id") if isinstance(token, dict) else None)
-    _read_special_tokens(description, folder)
-    return description
-
-
-#: The pre-tokenizer of an alphabet, as `tokenizers` writes it.
-EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-
-
-def _adds_nothing(processor: object) -> bool:
-    """Whether a post_processor leaves the ids as they are: transformers writes one even where it adds nothing."""
-    if processor is None:
-        return True
-    if not isinstance(processor, dict):
-        return False
-    if processor.get("type") == "Sequence":
-        return all(map(_adds_nothing, _values(processor.get("processors"))))
-    template = [list(item) for item in _values(processor.get("single")) if isinstance(item, dict)]
-    return processor.get("type") == "ByteLevel" or template == [["Sequence"]]
-
-
-def _read_vocab_and_merges(folder: Path) -> _Description:
-    """vocab.json and merges.txt, of GPT-2's original tokenizer."""
-    source = folder / "merges.txt"
-    try:
-        lines = source.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {source} as UTF-8 text: {type(error).__name__}") from error
-    lines = [line.rstrip("\r") for line in lines if not line.startswith("#version")]
-    merges = _merges(source, [line for line in lines if line])
-    vocab = folder / "vocab.json"
-    description = _Description(vocab, _vocabulary(vocab, read_json(vocab)), merges)
-    _read_special_tokens(description, folder)
-    return description
-
-
-def _vocabulary(source: Path, vocab: object) -> dict[str, int]:
-    """A vocabulary whose ids are distinct and not negative."""
-    valid = isinstance(vocab, dict) and all(type(id) is int and 0 <= id < 2**31 for id in vocab.values())
-    if not isinstance(vocab, dict) or not valid or len(set(vocab.values())) != len(vocab):
-        raise CheckpointError(f"{source}: expected the vocabulary to map tokens to distinct ids")
-    return vocab
-
-
-def _merges(source: Path, merges: object) -> list[tuple[str, str]]:
-    """Merges as pairs: each is written as "a b" or, in newer files, as ["a", "b"]."""
-    if not isinstance(merges, list):
-        raise CheckpointError(f"{source}: expected a list of merges, got {merges!r:.60}")
-    pairs = []
-    for merge in merges:
-        try:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            pairs.append((left + "", right + ""))
-        except (ValueError, TypeError):
-            raise CheckpointError(f"{source}: expected a merge of two tokens, got {merge!r:.60}") from None
-    return pairs
-
-
-# The keys under which tokenizer_config.json and special_tokens_map.json name special tokens.
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
-
-
-def _read_special_tokens(description: _Description, folder: Path) -> None:
-    """What the files beside the vocabulary say: more added tokens, which one ends a text, and the leading space."""
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings |= {key: value for key, value in read_json(folder / name).items() if value is not None}
-    for key in ("add_bos_token", "add_eos_token", "split_special_tokens"):
-        if settings.get(key):
-            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: {key}=true is not supported, only false")
-    # transformers' GPT-2 class builds the splitting into words anew, whatever tokenizer.json says.
-    is_gpt2_class = str(settings.get("tokenizer_class", "")).startswith("GPT2Tokenizer")
-    if is_gpt2_class or description.source.name == "vocab.json":
-        description.use_regex = True
-        description.add_prefix_space = settings.get("add_prefix_space", False) is True
-        for key in ("bos_token", "eos_token", "unk_token"):
-            settings.setdefault(key, END_OF_TEXT)
-
-    decoder = settings.get("added_tokens_decoder", {})
-    listed: dict[object, object] = {}
-    if (folder / "added_tokens.json").is_file():
-        listed |= {id: token for token, id in read_json(folder / "added_tokens.json").items() if type(id) is int}
-    if isinstance(decoder, dict):
-        listed |= {int(id): token for id, token in decoder.items() if id.isdecimal()}
-    for id, token in listed.items():
-        _add(description, token, id)
-    more = [token for key in _MORE_SPECIAL for token in _values(settings.get(key))]
-    for token in [*(settings[key] for key in _SPECIAL if key in settings), *more]:
-        _add(description, token, None)
-    if "eos_token" in settings:
-        description.eos_token = _content(settings["eos_token"])
-    elif any(token.content == END_OF_TEXT for token in description.added):
-        description.eos_token = END_OF_TEXT
-
-
-def _values(tokens: object) -> list[Any]:
-    """The members of a list, or of a dict by name."""
-    return list(tokens.values()) if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
-
-
-def _content(token: object) -> str | None:
-    """The text of a token that is written as a string or as an object with flags."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _add(description: _Description, token: object, id: object) -> None:
-    """Add a token that one of the files lists; the first that lists it decides its flags."""
-    content = _content(token)
-    if content == "":
-        return
-    if content is None:
-        raise CheckpointError(f"{description.source}: expected an added token with its content, got {token!r:.60}")
-    if any(known.content == content for known in description.added):
-        return
-    flags: dict[str, Any] = token if isinstance(token, dict) else {}
-    for flag in ("lstrip", "rstrip", "single_word"):
-        if flags.get(flag):
-            raise CheckpointError(f"{description.source}: {flag} of the added token {content!r} is not supported")
-    if content in description.vocabulary:
-        id = description.vocabulary[content]
-    elif type(id) is not int:  # as tokenizers numbers new tokens
-        id = max([len(description.vocabulary) - 1, *(known.id for known in description.added)]) + 1
-    elif id < 0 or id in description.vocabulary.values() or any(known.id == id for known in description.added):
-        raise CheckpointError(f"{description.source}: the id {id} of the added token {content!r} is not its own")
-    description.added.append(AddedToken(content, id, flags.get("normalized", False) is True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building the encoding
+# Building
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -487,26 +327,16 @@ def _token_bytes(token: str) -> bytes:
         return token.encode("utf-8", "replace")
 
 
-def _check_vocabulary(description: _Description, vocab_size: int) -> None:
-    largest = max(description.vocabulary.values(), default=0)
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"{description.source} has ids up to {largest}, but the model's vocabulary has {vocab_size}"
-        )
-
-
-def _build_alphabet(description: _Description, vocab_size: int) -> Tokenizer:
+def _build_alphabet(description: Description) -> Tokenizer:
     """The tokenizer of an alphabet: its tokens, but for the added ones, are single characters."""
-    _check_vocabulary(description, vocab_size)
-    added = [token for token in description.added if token.id < vocab_size]
-    special = {token.content: token.id for token in added}
+    special = contents(description.added)
     alphabet = {token: id for token, id in description.vocabulary.items() if token not in special}
     if longer := [token for token in alphabet if len(token) != 1]:
         raise CheckpointError(f"{description.source}: expected each token to be one character, got {longer[0]!r:.60}")
-    return CharacterTokenizer(description.source, alphabet, added, special.get(description.eos_token or ""))
+    return CharacterTokenizer(description.source, alphabet, description.added, special.get(description.eos_token or ""))
 
 
-def _build(description: _Description, vocab_size: int) -> Tokenizer:
+def _build_bpe(description: Description) -> Tokenizer:
     """The byte-level BPE of a description, after proving that tiktoken encodes as the description says.
 
     tiktoken merges, of all adjacent pairs whose concatenation is a token, the one of the lowest rank first; HuggingFace
@@ -517,7 +347,6 @@ def _build(description: _Description, vocab_size: int) -> Tokenizer:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    _check_vocabulary(description, vocab_size)
     source, vocabulary, merges = description.source, description.vocabulary, description.merges or []
     letters = {chr(code): byte for code, byte in _ALPHABET.items()}
     absent = [byte for letter, byte in letters.items() if letter not in vocabulary]
@@ -539,9 +368,9 @@ def _build(description: _Description, vocab_size: int) -> Tokenizer:
         )
     reached = _reached(np.array(pairs, np.int64).reshape(-1, 2))
 
-    added = [token for token in description.added if token.id < vocab_size]
+    added = contents(description.added)
     if description.ignore_merges:
-        whole = set(vocabulary) - numbers.keys() - {token.content for token in added}
+        whole = set(vocabulary) - numbers.keys() - added.keys()
         if whole or not reached.all():
             raise CheckpointError(f"{source}: ignore_merges with tokens that no merge makes is not supported")
     tokens = {id: _token_bytes(token) for token, id in vocabulary.items()}
@@ -551,12 +380,19 @@ def _build(description: _Description, vocab_size: int) -> Tokenizer:
         ids[number] = vocabulary[token]
         if number < 256 or reached[number - 256]:
             ranks[tokens[vocabulary[token]]] = number
-    for added_token in added:
-        tokens[added_token.id] = added_token.content.encode("utf-8", "replace")
+    for content, id in added.items():
+        tokens[id] = content.encode("utf-8", "replace")
     pattern = r50k_pat_str if description.use_regex else r"(?s:.+)"
     encoding = tiktoken.Encoding(str(source), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    eos = {token.content: token.id for token in added}.get(description.eos_token or "")
-    return BytePairTokenizer(encoding, ids, tokens, added, description.add_prefix_space, description.use_regex, eos)
+    return BytePairTokenizer(
+        encoding,
+        ids,
+        tokens,
+        description.added,
+        description.add_prefix_space,
+        description.use_regex,
+        added.get(description.eos_token or ""),
+    )
 
 
 def _reached(pairs: np.ndarray) -> np.ndarray:

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +42,9 @@ import quantization
 from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
 from quantization import QuantizationError
+from tokenizer import describe
+from tokenizing.description import to_json, write_json
+from tokenizing.files import has_files
 from training.batches import Batches, Dataset, load_dataset
 from training.config import TrainConfig, parse_config
 from training.log import Evaluation, TrainingLog, say
@@ -162,18 +164,19 @@ def open_pretrained(name: str, block_size: int, data: Dataset, dropout: dict[str
     """Return the model of a HuggingFace folder or hub name, its context cut to `block_size`.
 
     Raises:
-        UsageError: it cannot be opened, has another tokenizer than the data, or a shorter context.
+        UsageError: it has another tokenizer than the data, or a shorter context.
+        CheckpointError: it is absent or not a GPT-2, or its tokenizer cannot be used.
     """
     if (Path(name) / DESCRIPTION_FILE).is_file():
         raise UsageError(f"expected a float checkpoint to begin with, but {name} is quantized")
+    folder = open_checkpoint(name).path
     try:
-        model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, **dropout)
-    except Exception as error:  # transformers, the hub's client and safetensors each raise their own
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **dropout)
+    except Exception as error:  # transformers and safetensors each raise their own
         raise UsageError(f"cannot open {name}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    tokenizer = Path(name) / "tokenizer.json"
     same = data.vocab_size <= model.config.vocab_size
-    if tokenizer.is_file():
-        same = Tokenizer.from_file(str(tokenizer)).get_vocab() == data.tokenizer.get_vocab()
+    if has_files(folder):
+        same = describe(folder, model.config.vocab_size) == data.description
     if not same:
         raise UsageError(f"the dataset's tokenizer is not that of {name}; prepare the text with --tokenizer {name}")
     context = model.config.n_positions
@@ -282,7 +285,7 @@ def check_same(config: TrainConfig, data: Dataset, state: dict[str, Any]) -> Non
 
 
 def fingerprint(data: Dataset) -> str:
-    return hashlib.sha256(data.tokenizer.to_str().encode()).hexdigest()
+    return hashlib.sha256(write_json(to_json(data.description)).encode()).hexdigest()
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -472,7 +475,7 @@ class Run:
             if is_best:
                 self.best = val
                 write = quantization_aware().export if self.config.qat else GPT2LMHeadModel.save_pretrained
-                save_model(self.saved_model, self.data.tokenizer, self.data.eos_token_id, folder, write)
+                save_model(self.saved_model, self.data.description, folder, write)
             rate = learning_rate(self.config, self.step)
             entry = Evaluation(self.step, train_loss, val, rate, tokens_per_second)
             self.log.add(entry, ", saved" if is_best else "")

@@ -78,6 +78,15 @@ TOKENIZER_FILES = (
 )
 
 
+def find_tokenizer(name: str) -> Path:
+    """The folder of a checkpoint's tokenizer: like `open_checkpoint`, but no weights are needed, nor downloaded.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be downloaded.
+    """
+    return _locate(name, None, with_weights=False)
+
+
 def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """Find, download where needed, and validate a GPT-2 checkpoint. No weight is read yet.
 
@@ -92,6 +101,11 @@ def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = N
     Raises:
         CheckpointError: the checkpoint is absent, cannot be downloaded, or is not a GPT-2 that the model can run.
     """
+    return Checkpoint(_locate(model_type, revision, with_weights=True))
+
+
+def _locate(model_type: str | os.PathLike[str], revision: str | None, with_weights: bool) -> Path:
+    """The folder that a name means, downloaded where it is not one already."""
     name = os.fspath(model_type)
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):  # unlike Path.is_dir, no error for a name that no file can have
@@ -99,7 +113,7 @@ def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = N
             raise CheckpointError(
                 f"a revision ({revision!r}) was given, but {str(folder)!r} is a folder, not a hub name"
             )
-        return Checkpoint(folder)
+        return folder
     exists = name != "" and os.path.exists(folder)
     if isinstance(model_type, os.PathLike) or exists or _looks_like_a_path(name):
         found = "it is not a folder" if exists else "there is no such folder"
@@ -109,7 +123,7 @@ def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = N
         raise CheckpointError(
             f"no model {name!r}: expected a checkpoint folder, {known}, or an organization/name at the hub"
         )
-    return Checkpoint(_download(HUB_REPOSITORIES.get(name, name), revision))
+    return _download(HUB_REPOSITORIES.get(name, name), revision, with_weights)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -124,8 +138,8 @@ def _looks_like_a_path(name: str) -> bool:
     )
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    """The cache's folder of a hub repository, with the files that a checkpoint needs downloaded into it.
+def _download(repository: str, revision: str | None, with_weights: bool) -> Path:
+    """The cache's folder of a hub repository, with the files that a checkpoint, or its tokenizer, needs in it.
 
     All files are of one commit: the first request resolves the revision, the others name the commit, so those that are
     cached already cost no request. The small files come first, so that cached weights imply a complete checkpoint.
@@ -204,6 +218,8 @@ def _download(repository: str, revision: str | None) -> Path:
     folder = config.parent
     for file in (*TOKENIZER_FILES, DESCRIPTION_FILE):
         fetch(file, folder.name)
+    if not with_weights:
+        return folder
     for file in WEIGHT_FILES:
         path = fetch(file, folder.name)
         if path is not None:

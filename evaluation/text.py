@@ -35,8 +35,7 @@ def read_text(data: str | None, max_tokens: int) -> tuple[str, str]:
     try:
         text, name = quantization.calibration_text(source)
     except QuantizationError as error:
-        message = str(error).replace("the calibration text", "the text").replace(" to calibrate on", "")
-        raise UsageError(message) from None
+        raise UsageError(str(error).replace(" to calibrate on", "")) from None
     return text, HELD_OUT_TEXT.relative_to(quantization.ROOT).as_posix() if data is None else name
 
 

@@ -47,11 +47,15 @@ PROGRAMS = (
     "gptq",
     "compression",
     "tokenizer",
+    "tokenizing.files",
+    "tokenizing.description",
+    "tokenizing.added_tokens",
     "weight_loader",
     "modelopt_layout",
     "model",
     "picture",
     "machine",
+    "text_file",
     "command_line",
 )
 #: They train, with torch; the other programs import it only where it is needed.
@@ -199,7 +203,7 @@ def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
 
 def test_every_module_has_its_place() -> None:
     """A new file has to be put somewhere in the order above before anything else can be said about it."""
-    packages = ("evaluation", "training", "web")
+    packages = ("evaluation", "tokenizing", "training", "web")
     files = [*ROOT.glob("*.py"), *(file for package in packages for file in (ROOT / package).glob("*.py"))]
     assert {file for file in files if file.name != "__init__.py"} == set(map(program_file, PROGRAMS))
     assert {room_of(file) for file in portable_files()} == {*ROOMS, *DOOR}

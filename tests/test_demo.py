@@ -148,7 +148,7 @@ def test_bad_options(run: Any, arguments: list[str], expected: str) -> None:
         (["--variants", "./nowhere"], "expected a checkpoint folder at 'nowhere'"),
         (["--host=192.0.2.1"], "cannot serve at 192.0.2.1:"),
         (["--host=nobody.invalid"], "cannot serve at nobody.invalid:"),
-        (["--data=nowhere.txt"], "cannot read the text nowhere.txt: No such file"),
+        (["--data=nowhere.txt"], "cannot read nowhere.txt: No such file"),
     ],
 )
 def test_bad_input(run: Any, arguments: list[str], expected: str) -> None:

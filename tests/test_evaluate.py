@@ -221,8 +221,8 @@ def test_other_tokenizers_compare_by_bits_per_byte(run: Any, tiny: Path, text: P
         (["--context=0"], "expected --context to be at least 1"),
         (["--new-tokens=1"], "expected --new-tokens to be at least 2"),
         (["--runs=0"], "expected --runs to be at least 1"),
-        (["--data=nowhere.txt"], "cannot read the text nowhere.txt: No such file"),
-        (["--data="], "cannot read the text .: Is a directory"),
+        (["--data=nowhere.txt"], "cannot read nowhere.txt: No such file"),
+        (["--data="], "cannot read .: Is a directory"),
         (["--calib-size=0", "--variants", "fp8"], "expected --calib-size to be at least 1"),
         (["--plot=picture.gif"], "expected --plot to end in .png or .svg but got picture.gif"),
         (["--plot=nowhere/picture.png"], "cannot write nowhere/picture.png: No such file or directory"),
@@ -242,14 +242,20 @@ def test_bad_input(run: Any, tiny: Path, text: Path, arguments: list[str], expec
         (b"", "is empty"),
         (b" \n", "is empty"),
         (b"x", "expected a text of at least 2 tokens but"),
-        (b"good\xff", "expected UTF-8 text but byte 4 of"),
-        (b"a\0b", "is a binary file"),
+        (b"good\xff", "expected UTF-8 text in {path} but byte 4 is not"),
+        (b"a\0b", "expected UTF-8 text in {path} but byte 1 is NUL: it is a binary file"),
+        ("good".encode("utf-16"), "expected UTF-8 text in {path} but it is UTF-16: save it as UTF-8"),
     ],
 )
 def test_bad_text(run: Any, tiny: Path, text: Path, content: bytes, expected: str) -> None:
     text.write_bytes(content)
     complaint = run(f"--model-type={tiny}", f"--data={text}", "--variants", "float32").complaint
-    assert expected in complaint and "calibrat" not in complaint
+    assert expected.format(path=text) in complaint and "calibrat" not in complaint
+
+
+def test_a_text_from_windows_is_the_same_text(text: Path) -> None:
+    text.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert read_text(str(text), 0)[0] == "one\ntwo\n"
 
 
 def test_picture_in_place_of_a_folder(matplotlib: Any, run: Any, tiny: Path, tmp_path: Path) -> None:

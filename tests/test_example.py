@@ -813,6 +813,23 @@ def test_closed_streams(answer: list[object], redirection: str, message: str) ->
     assert done.stderr.startswith("example.py: error: ") and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
+        (b"one\r\ntwo\r", ["one", "two"]),
+        (b"a\rb\r\n", ["a\rb"]),  # not a line's end
+    ],
+)
+def test_prompts_from_windows(
+    content: bytes, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts").write_bytes(content)
+    assert example.read_prompts(example.parse_arguments([f"--batch={tmp_path / 'prompts'}"])) == prompts
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert example.read_prompts(example.parse_arguments([])) == ["\n".join(prompts)]
+
+
 def test_prompt_from_a_pipe_that_is_not_utf8(answer: list[object]) -> None:
     with start(*answer[:5], stdin=subprocess.PIPE) as process:
         out, err = process.communicate(b"caf\xe9\n")

@@ -145,10 +145,17 @@ class Client:
 
     def open(self, *arguments: str, **environment: str) -> dict[str, Any]:
         """What open_checkpoint did: its folder and the parameters' hashes, or its error."""
+        run = self.run(PROGRAM, *arguments, **environment)
+        result: dict[str, Any] = json.loads(run.stdout)
+        assert "\n" not in result.get("error", "")
+        return result
+
+    def run(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a Python program that sees the hub of this machine."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.hub.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
         run = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *arguments],
+            [sys.executable, "-c", program, *arguments],
             cwd=Path(weight_loader.__file__).parent,
             env=clean | settings | environment,
             capture_output=True,
@@ -156,9 +163,7 @@ class Client:
             timeout=120,
         )
         assert run.returncode == 0, run.stderr
-        result: dict[str, Any] = json.loads(run.stdout)
-        assert "\n" not in result.get("error", "")
-        return result
+        return run
 
     def error(self, *arguments: str, **environment: str) -> str:
         return str(self.open(*arguments, **environment)["error"])
@@ -211,6 +216,14 @@ def test_found_then_cached(client: Client, hub: Hub, tmp_path: Path, name: str, 
     hub.log.clear()
     assert client.open(name) == result
     assert {file for _, file, _ in hub.log} == {"config.json"} and not hub.downloads()  # only whether it has changed
+
+
+def test_a_tokenizer_comes_without_weights(client: Client, hub: Hub, tmp_path: Path) -> None:
+    make_model(tmp_path / "repo")
+    hub.repositories["openai-community/gpt2"] = {"main": tmp_path / "repo"}
+    program = "import weight_loader; print(weight_loader.find_tokenizer('gpt2'))"
+    folder = Path(client.run(program).stdout.strip())
+    assert client.files() == WANTED == sorted(file.name for file in folder.iterdir())
 
 
 def test_many_shards(client: Client, hub: Hub, tmp_path: Path) -> None:

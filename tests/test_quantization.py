@@ -815,7 +815,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--quant-mode", "fp8", "--model-type", "nowhere"], "no model 'nowhere'"),
         (
             ["--quant-mode", "fp8", "--calib-data", "nowhere.txt"],
-            "cannot read the calibration text nowhere.txt: No such file or directory",
+            "cannot read nowhere.txt: No such file or directory",
         ),
     ],
 )
@@ -831,8 +831,9 @@ def test_unusable_arguments(
     [
         (b"", "expected text to calibrate on but {path} is empty"),
         (b" \n\n ", "expected text to calibrate on but {path} is empty"),
-        (b"caf\xe9", "expected UTF-8 text to calibrate on but byte 3 of {path} is not"),
-        (b"PK\3\4\0\0", "expected text to calibrate on but {path} is a binary file"),
+        (b"caf\xe9", "expected UTF-8 text in {path} but byte 3 is not"),
+        (b"PK\3\4\0\0", "expected UTF-8 text in {path} but byte 4 is NUL: it is a binary file"),
+        ("caf\xe9".encode("utf-16"), "expected UTF-8 text in {path} but it is UTF-16: save it as UTF-8"),
         (b"Hi", "expected at least 256 tokens to calibrate on (one sample) but {path} has "),
     ],
 )
@@ -847,7 +848,15 @@ def test_unusable_calibration_text(
 
 def test_a_folder_as_calibration_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     message = fails(capsys, "--output", tmp_path / "out", "--quant-mode", "fp8", "--calib-data", tmp_path)
-    assert message == f"cannot read the calibration text {tmp_path}: Is a directory"
+    assert message == f"cannot read {tmp_path}: Is a directory"
+
+
+def test_a_calibration_text_from_windows_is_the_same_text(tmp_path: Path) -> None:
+    texts = []
+    for name, content in (("unix", b"one\ntwo\n"), ("windows", b"\xef\xbb\xbfone\r\ntwo\r\n")):
+        (tmp_path / name).write_bytes(content)
+        texts.append(quantization.calibration_text(QuantizationConfig("fp8", calib_data=str(tmp_path / name)))[0])
+    assert texts == ["one\ntwo\n"] * 2
 
 
 def test_a_data_set_without_the_package_for_it(

@@ -181,7 +181,10 @@ def test_a_checkpoint_is_finetuned_on_another_text(trained: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"init_from": "/no/such/folder"}, "cannot open /no/such/folder: "),
+        (
+            {"init_from": "/no/such/folder"},
+            "expected a checkpoint folder at '/no/such/folder', but there is no such folder",
+        ),
         ({"block_size": 64}, "has a context of 32, but block_size=64"),
         ({"bias": False}, "bias=False, but the checkpoint has biases that are not zero"),
     ],

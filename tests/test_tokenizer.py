@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import unicodedata
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import tokenizer as ours
 from tokenizer import GPT2_VOCAB_SIZE, StreamDecoder, load_tokenizer
+from tokenizing.description import from_json, to_json, write_json
 from weight_loader import CheckpointError
 
 TIKTOKEN_FILES = Path(__file__).parents[2] / "shared" / "tiktoken"
@@ -391,6 +394,223 @@ def test_other_word_level_tokenizers_are_refused(tmp_path: Path, changes: dict[s
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+# --- which class reads the files, and the leading space --------------------------------------------------------------
+
+ABSENT = "absent"
+CLASSES = [
+    *[ABSENT, None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"],
+    *["PreTrainedTokenizer", "BloomTokenizerFast"],
+]
+OTHER_CLASSES = ["LlamaTokenizer", "BertTokenizerFast", "RobertaTokenizer", "CodeGenTokenizer", "GPTNeoXTokenizerFast"]
+OTHER_CLASSES += ["Qwen2Tokenizer", "NobodysTokenizer"]
+
+
+def write_settings(
+    folder: Path, name: str | None, prefix: bool | None, config: dict[str, Any] | None, in_json: bool = False
+) -> Path:
+    """A folder whose files say in several places which class reads it and whether a text begins with a space."""
+    theirs = trained(add_prefix_space=in_json)
+    theirs.add_tokens(["<m>"])
+    save(theirs, folder)
+    if name != ABSENT:
+        settings = {"tokenizer_class": name, "add_prefix_space": prefix}
+        content = json.dumps({key: value for key, value in settings.items() if value is not None})
+        (folder / "tokenizer_config.json").write_text(content)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("config", [None, {"n_layer": 1}, {"model_type": "gpt2"}, {"model_type": "gpt_neo"}], ids=str)
+@pytest.mark.parametrize("in_json", [False, True])
+def test_class_and_leading_space_are_transformers(tmp_path: Path, in_json: bool, config: dict[str, Any] | None) -> None:
+    from transformers import AutoTokenizer
+
+    texts = ["Hello the", " Hello", "the<m>the <m> the", "", "a<|endoftext|>b", "<m>", "  x"]
+    compared = 0
+    for name in CLASSES:
+        for prefix in (None,) if name == ABSENT else (None, False, True):
+            folder = write_settings(tmp_path / f"{name}-{prefix}", name, prefix, config, in_json)
+            theirs, mine = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder, 391)
+            for text in texts:
+                assert mine.encode(text) == theirs(text)["input_ids"], (name, prefix, text)
+            compared += 1
+    assert compared == 22  # of 176 settings in all
+
+
+def test_the_class_may_be_named_in_config_json(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for name in ("GPT2TokenizerFast", "PreTrainedTokenizerFast"):
+        config = {"model_type": "gpt2", "tokenizer_class": name}
+        folder = write_settings(tmp_path / name, ABSENT, None, config, in_json=True)
+        assert load_tokenizer(folder, 391).encode("the") == AutoTokenizer.from_pretrained(folder)("the")["input_ids"]
+
+
+@pytest.mark.parametrize("name", [*OTHER_CLASSES, 3, ["GPT2Tokenizer"]], ids=str)
+def test_other_classes_are_refused_by_name(tmp_path: Path, name: Any) -> None:
+    places = ((name, None, {"model_type": "gpt2"}), (ABSENT, None, {"tokenizer_class": name}))
+    for number, place in enumerate(places):
+        folder = write_settings(tmp_path / str(number), *place)
+        with pytest.raises(CheckpointError) as error:
+            load_tokenizer(folder, 391)
+        assert f"tokenizer_class={name!r} is not supported, only GPT2Tokenizer and PreTrain" in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "", 3, {"a": 1}])
+def test_other_models_are_refused_by_name(tmp_path: Path, model_type: object) -> None:
+    folder = write_settings(tmp_path, ABSENT, None, {"model_type": model_type})
+    with pytest.raises(CheckpointError) as error:
+        load_tokenizer(folder, 391)
+    assert f"expected model_type 'gpt2' for its tokenizer, got {model_type!r}" in str(error.value)
+
+
+def test_an_alphabet_is_nothing_for_gpt2s_class(tmp_path: Path) -> None:
+    folder = save(alphabet(), tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(CheckpointError, match="expected tokenizer_class PreTrainedTokenizerFast"):
+        load_tokenizer(folder, 20)
+
+
+# --- added tokens ----------------------------------------------------------------------------------------------------
+
+#: White space and letters of all kinds, beside which tokens may stand: what \\s and \\w are differs among libraries.
+BESIDE = [
+    *" \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u3000\u200b\u180e",
+    *"aZ_9é٣½Ⅷ中\u0301\u200d\u203f-.'",
+    "\U00010400",
+]
+CONTENTS = ["<m>", "<m", "m>", "<m><m>", "[x]", "x", " <s>", "<s> ", "\t", "é", "the", "<|endoftext|>"]
+ADDED = st.lists(
+    st.builds(
+        AddedToken,
+        content=st.sampled_from(CONTENTS),
+        single_word=st.booleans(),
+        lstrip=st.booleans(),
+        rstrip=st.booleans(),
+        normalized=st.booleans(),
+        special=st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(PROPERTY, max_examples=200)
+@given(added=ADDED, data=st.data(), prefix=st.booleans())
+def test_added_tokens_equal_tokenizers(
+    added: list[AddedToken], data: st.DataObject, prefix: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    theirs = small_bpe(prefix)
+    theirs.add_tokens(added)
+    folder = save(theirs, tmp_path_factory.getbasetemp() / "added")
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    mine = load_tokenizer(folder, 400)
+    pieces = st.lists(st.sampled_from([*BESIDE, *CONTENTS]), max_size=12).map("".join)
+    for text in data.draw(st.lists(pieces, min_size=5, max_size=5)):
+        try:
+            ids = theirs.encode(text).ids
+        except BaseException as error:  # a panic: two tokens claim the same white space
+            assert type(error).__name__ == "PanicException"
+            continue
+        assert mine.encode(text) == ids, text
+
+
+@cache
+def _trained_json(prefix: bool) -> str:
+    return trained(add_prefix_space=prefix).to_str()
+
+
+def small_bpe(prefix: bool) -> Tokenizer:
+    return Tokenizer.from_str(_trained_json(prefix))
+
+
+def test_white_space_and_word_characters_are_those_of_tokenizers(tmp_path: Path) -> None:
+    """Each character that Python's Unicode knows, beside a token that takes white space, and one that stands alone."""
+    theirs = small_bpe(False)
+    theirs.add_tokens(
+        [AddedToken("[l]", lstrip=True), AddedToken("[r]", rstrip=True), AddedToken("[w]", single_word=True)]
+    )
+    mine = load_tokenizer(save(theirs, tmp_path), 400)
+    letters = [chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) != "Cn"]
+    texts = [f"{letter}[l][r]{letter}[w].{letter}.[w]{letter}" for letter in letters]
+    assert [mine.encode(text) for text in texts] == [each.ids for each in theirs.encode_batch(texts)]
+
+
+def test_a_token_that_is_listed_with_another_id_gets_its_own(tmp_path: Path) -> None:
+    """As with `tokenizers`, which numbers added tokens itself."""
+    theirs = trained()
+    listed = [{"content": "<|endoftext|>", "id": 7}, {"content": "<m>", "id": 1000}, {"content": "<n>", "id": 3}]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    folder = edited(theirs, tmp_path, added_tokens=[{**token, **flags} for token in listed])
+    check_equal(load_tokenizer(folder, 392), Tokenizer.from_file(str(folder / "tokenizer.json")), "<|endoftext|><m><n>")
+
+
+def test_a_hole_where_an_added_token_would_go_is_told(tmp_path: Path) -> None:
+    vocab = json.loads(trained().to_str())["model"]["vocab"]
+    last = max(vocab, key=lambda token: vocab[token])
+    theirs = trained()
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = [{"content": "<m>", "id": 390, **flags}]
+    folder = edited(theirs, tmp_path, model__vocab={**vocab, last: 390, "zz": 391}, added_tokens=added)
+    del vocab[last]
+    with pytest.raises(CheckpointError, match="the added token '<m>' gets the id 391, which is that of 'zz'"):
+        load_tokenizer(folder, 500)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_special_tokens_beside_the_vocabulary(tmp_path: Path, name: str, is_new: bool) -> None:
+    """In the format that has added_tokens_decoder, and in the older one, which has more files."""
+    from transformers import AutoTokenizer
+
+    theirs = trained()
+    theirs.add_tokens([AddedToken("<m>", normalized=True, rstrip=True)])
+    folder = save(theirs, tmp_path)
+    flags = {"lstrip": False, "rstrip": True, "normalized": False, "single_word": False, "special": False}
+    eos = {"__type": "AddedToken", "content": "</s>", **flags}
+    settings = {"tokenizer_class": name, "image_token": "<img>", "pad_token": None, "add_prefix_space": True}
+    if is_new:
+        decoder = {"391": {"content": "<x>", **flags}, "390": {"content": "<m>", **flags, "lstrip": True}}
+        settings |= {"eos_token": eos, "added_tokens_decoder": decoder, "additional_special_tokens": ["<a>", "<b>"]}
+    else:
+        more = {"eos_token": {key: value for key, value in eos.items() if key != "__type"}, "unk_token": "<u>"}
+        content = json.dumps({**more, "additional_special_tokens": ["<a>", "<b>"]})
+        (folder / "special_tokens_map.json").write_text(content)
+        (folder / "added_tokens.json").write_text(json.dumps({"<y>": 393, "<x>": 392}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    reference = AutoTokenizer.from_pretrained(folder)
+    mine = load_tokenizer(folder, len(reference))
+    for text in ("a <m> <x>  <y> b", "<a>b<b> </s> \n<u><img>c", "<|endoftext|>"):
+        assert mine.encode(text) == reference(text)["input_ids"]
+    assert mine.eos_id == reference.eos_token_id is not None
+
+
+# --- a description, and the file that says all of it -----------------------------------------------------------------
+
+
+def test_gpt2s_description_is_that_of_its_files(gpt2_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_FILES))
+    bare = ours.describe(tmp_path, GPT2_VOCAB_SIZE)
+    given = ours.describe(gpt2_folder, GPT2_VOCAB_SIZE)
+    assert (bare.vocabulary, bare.merges) == (given.vocabulary, given.merges)
+    assert [(token.content, token.id) for token in bare.added] == [(token.content, token.id) for token in given.added]
+
+
+@settings(PROPERTY, max_examples=60)
+@given(added=ADDED, prefix=st.booleans())
+def test_what_is_written_is_what_was_read(
+    added: list[AddedToken], prefix: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    theirs = small_bpe(prefix)
+    theirs.add_tokens(added)
+    description = from_json(Path("here"), json.loads(theirs.to_str()))
+    text = write_json(to_json(description))
+    assert from_json(Path("there"), json.loads(text)) == description
+    assert Tokenizer.from_str(text).to_str() == text
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -413,8 +633,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"post_processor": {"type": "TemplateProcessing"}}, "a post_processor that adds tokens"),
     ({"post_processor": {"type": "Sequence", "processors": [{"type": "BertProcessing"}]}}, "post_processor that adds"),
     ({"added_tokens": {}, "model__ignore_merges": True}, "ignore_merges"),
-    ({"added_tokens": [{"content": "<m>", "id": 390, "lstrip": True}]}, "lstrip of the added token '<m>'"),
-    ({"added_tokens": [{"content": "<m>", "id": 7}]}, "the id 7 of the added token '<m>' is not its own"),
+    ({"added_tokens": [{"content": "<m>", "id": 390, "lstrip": 3}]}, "expected lstrip to be true or false, got 3"),
+    ({"pre_tokenizer": {"type": "ByteLevel"}}, "expected add_prefix_space to be true or false, got None"),
+    ({"added_tokens": [{"content": "\ud800", "id": 390}]}, "the lone surrogate '\\ud800'"),
     ({"added_tokens": [3]}, "expected an added token with its content, got 3"),
     ({"added_tokens": 3}, "expected added_tokens to be a list"),
 ]
@@ -460,7 +681,7 @@ def test_no_files_and_another_vocabulary(tmp_path: Path) -> None:
 def test_settings_that_add_tokens_are_refused(tmp_path: Path, flag: str) -> None:
     folder = save(trained(), tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps({flag: True}))
-    with pytest.raises(CheckpointError, match=f"{flag}=true is not supported"):
+    with pytest.raises(CheckpointError, match=f"{flag}=True is not supported"):
         load_tokenizer(folder, 390)
 
 

@@ -25,6 +25,7 @@ from train_runs import FILES, VOCAB, make_text, tiny_config  # noqa: E402
 
 import train  # noqa: E402
 from command_line import UsageError  # noqa: E402
+from tokenizing.files import read  # noqa: E402
 from training import corpus  # noqa: E402  they import the three above
 from training.batches import Batch, Batches, SubwordRegularizer, load_dataset  # noqa: E402
 from training.config import TrainConfig, make_config, parse_config  # noqa: E402
@@ -129,22 +130,21 @@ def test_a_damaged_dataset_is_told_in_one_line(
 
 def test_subwords_without_dropout_are_the_tokenizers_own(dataset: Path) -> None:
     data = load_dataset(dataset, 32)
-    text = data.tokenizer.decode(data.train.tolist(), skip_special_tokens=False)
-    regularizer = SubwordRegularizer(data.tokenizer, text, p=0.0, seed=1)
+    regularizer = SubwordRegularizer(data, p=0.0, seed=1)
     np.testing.assert_array_equal(regularizer.epoch(np.random.default_rng(0)), data.train)
 
 
 def test_subwords_with_dropout_spell_the_same_text_another_way_each_epoch(dataset: Path) -> None:
     data = load_dataset(dataset, 32)
-    text = data.tokenizer.decode(data.train.tolist(), skip_special_tokens=False)
+    text = data.tokenizer.decode(data.train.tolist())
     epochs = []
     for _ in range(2):
-        regularizer = SubwordRegularizer(data.tokenizer, text, p=0.2, seed=1)
+        regularizer = SubwordRegularizer(data, p=0.2, seed=1)
         rng = np.random.default_rng(0)
         epochs.append([regularizer.epoch(rng) for _ in range(2)])
     for ids in epochs[0]:
         assert len(ids) > len(data.train)
-        assert data.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+        assert data.tokenizer.decode(ids.tolist()) == text
     assert not np.array_equal(epochs[0][0], epochs[0][1])
     for ours, again in zip(*epochs, strict=True):
         np.testing.assert_array_equal(ours, again)
@@ -313,14 +313,14 @@ def test_interrupted_save_leaves_the_old_checkpoint(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = read(tmp_path)
 
     def save_half(_: object, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise failure
 
     with pytest.raises(UsageError if isinstance(failure, OSError) else KeyboardInterrupt):
-        save_model(model, tokenizer, 0, tmp_path, save_half)
+        save_model(model, tokenizer, tmp_path, save_half)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from command_line import UsageError
+from tokenizer import BytePairTokenizer, Tokenizer, build, byte_ids
+from tokenizing.description import Description, from_json
 from training.config import TrainConfig
-from training.corpus import END_OF_TEXT
+from weight_loader import CheckpointError, read_json
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Dataset:
     test: np.ndarray  # (tokens,)
     tokens_per_char: dict[str, float]  # of each part: turns nats per token into nats per character
     tokenizer: Tokenizer
+    description: Description  # of the tokenizer
     vocab_size: int
     eos_token_id: int | None  # None: the tokenizer has no END_OF_TEXT
 
@@ -37,11 +39,12 @@ def load_dataset(folder: Path, block_size: int) -> Dataset:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         # Mapped, not read: a text may be larger than the memory, and every process of a run has it open.
         parts = {name: np.memmap(folder / f"{name}.bin", dtype="<u2", mode="r") for name in ("train", "val", "test")}
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        description = from_json(folder / "tokenizer.json", read_json(folder / "tokenizer.json"))
+        tokenizer = build(description, description.vocab_size)
         tokens_per_char = {name: meta[f"{name}_tokens"] / meta[f"{name}_chars"] for name in parts}
     except OSError as error:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}; run prepare.py first") from None
-    except Exception as error:  # `tokenizers` raises nothing narrower
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError, CheckpointError) as error:
         raise UsageError(f"{folder} is damaged ({type(error).__name__}: {error}); run prepare.py again") from None
     for name, ids in parts.items():
         if len(ids) <= block_size:
@@ -53,8 +56,9 @@ def load_dataset(folder: Path, block_size: int) -> Dataset:
         **parts,
         tokens_per_char=tokens_per_char,
         tokenizer=tokenizer,
-        vocab_size=tokenizer.get_vocab_size(),
-        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        description=description,
+        vocab_size=description.vocab_size,
+        eos_token_id=tokenizer.eos_id,
     )
 
 
@@ -68,21 +72,30 @@ class SubwordRegularizer:
 
     VARIANTS = 24  # ways to cut a word; at p = 0.1 most words have fewer that matter
 
-    def __init__(self, tokenizer: Tokenizer, text: str, p: float, seed: int) -> None:
-        model = json.loads(tokenizer.to_str())["model"]
-        if "merges" not in model:
+    def __init__(self, data: Dataset, p: float, seed: int) -> None:
+        """Draw the ways in which the words of `data.train` are cut; an added token is a word that is not cut.
+
+        Raises:
+            UsageError: the tokenizer is an alphabet.
+        """
+        description, vocabulary = data.description, data.description.vocabulary
+        if description.merges is None or not isinstance(data.tokenizer, BytePairTokenizer):
             raise UsageError(f"bpe_dropout={p} needs a dataset with a BPE tokenizer, but this one's has no merges")
-        vocab: dict[str, int] = model["vocab"]
         self._merges = {
-            (vocab[left], vocab[right]): (rank, vocab[left + right])
-            for rank, (left, right) in enumerate(model["merges"])
+            (vocabulary[left], vocabulary[right]): (rank, vocabulary[left + right])
+            for rank, (left, right) in enumerate(description.merges)
         }
         self._p = p
         self._random = random.Random(seed)
-        word_ids: dict[str, int] = {}
-        words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        self._occurrences = np.array([word_ids.setdefault(word, len(word_ids)) for word in words])  # (words,)
-        cuts = [self._cut([vocab[c] for c in word]) for word in word_ids for _ in range(self.VARIANTS)]
+        letters = byte_ids(description)
+        numbers: dict[bytes | int, int] = {}
+        words = data.tokenizer.words(data.tokenizer.decode(data.train.tolist()))
+        self._occurrences = np.array([numbers.setdefault(word, len(numbers)) for word in words])  # (words,)
+        cuts = [
+            [word] if isinstance(word, int) else self._cut([letters[byte] for byte in word])
+            for word in numbers
+            for _ in range(self.VARIANTS)
+        ]
         self._pool = np.array([token for cut in cuts for token in cut], dtype=np.uint16)
         self._lengths = np.array([len(cut) for cut in cuts])  # (distinct words * VARIANTS,)
         self._starts = np.cumsum(self._lengths) - self._lengths  # of each cut, in the pool
@@ -141,8 +154,7 @@ class Batches:
         self._steps_per_epoch = max(1, len(data.train) // (self._tokens * config.gradient_accumulation_steps))
         self._regularizer = None
         if config.bpe_dropout:
-            text = data.tokenizer.decode(data.train.tolist(), skip_special_tokens=False)
-            self._regularizer = SubwordRegularizer(data.tokenizer, text, config.bpe_dropout, config.seed)
+            self._regularizer = SubwordRegularizer(data, config.bpe_dropout, config.seed)
         self._recut = data.train
         self._epoch_began: dict[str, Any] | None = None  # the generator's state when `_recut` was drawn
 

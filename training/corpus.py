@@ -15,22 +15,28 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 import command_line
 from command_line import Parser, UsageError
+from text_file import decode_text, read_text
+from tokenizer import GPT2_VOCAB_SIZE, Tokenizer, UnknownCharacterError, build, describe
+from tokenizing.description import END_OF_TEXT, Description, from_json, to_json, write_json
+from tokenizing.files import has_files
+from weight_loader import CheckpointError, find_tokenizer, read_json
 
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZERS = ("char", "bpe")
 DEFAULT_BPE_VOCAB = 1024
 SMALLEST_BPE_VOCAB = 256 + 1  # the bytes and the end-of-text token
 LARGEST_VOCAB = 2**16  # ids are stored as uint16
+LARGEST_ID = 2**31  # that a tokenizer's files may name
 TRAIN_SHARE = 0.9  # of the characters, from the start of the text
 
 
@@ -99,18 +105,8 @@ def _run(corpus: Corpus, argv: list[str] | None) -> None:
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file, its line ends untouched."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
-
-
 def download_text(url: str) -> str:
-    """Return the UTF-8 text at `url`, its line ends untouched; shows progress."""
+    """Return the UTF-8 text at `url`, as if it were a file; shows progress."""
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
             total = int(reply.headers.get("Content-Length") or 0) or None
@@ -119,9 +115,7 @@ def download_text(url: str) -> str:
                 while block := reply.read(1 << 16):
                     content += block
                     progress.update(len(block))
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{url} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+        return decode_text(bytes(content), url)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(f"cannot download {url} ({reason}); give a local copy with --input FILE") from None
@@ -150,7 +144,7 @@ def split_text(text: str, has_test: bool) -> dict[str, str]:
 # ---- the tokenizers --------------------------------------------------------------------------------------------------
 
 
-def alphabet_tokenizer(text: str) -> Tokenizer:
+def alphabet_tokenizer(text: str) -> tokenizers.Tokenizer:
     """Return the tokenizer whose tokens are the characters of `text`, in the order of their code points.
 
     Where the text has END_OF_TEXT, that is a token too, the last. Text outside of the alphabet raises an error.
@@ -159,7 +153,7 @@ def alphabet_tokenizer(text: str) -> Tokenizer:
     characters = sorted(set(text.replace(END_OF_TEXT, "")))
     vocabulary = {character: number for number, character in enumerate(characters)}
     # A token that stands for unknown characters is not in the vocabulary, and so there are none.
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     if is_divided:
@@ -167,7 +161,7 @@ def alphabet_tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
-def learn_bpe(text: str, vocab_size: int) -> Tokenizer:
+def learn_bpe(text: str, vocab_size: int) -> tokenizers.Tokenizer:
     """Learn a byte-level BPE of exactly `vocab_size` entries, cut into words as GPT-2 cuts them.
 
     The end-of-text token has id 0. Learning is deterministic: the same text gives the same tokenizer. Every byte is in
@@ -176,7 +170,7 @@ def learn_bpe(text: str, vocab_size: int) -> Tokenizer:
     Raises:
         UsageError: the text has too few different words for so many entries.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -196,42 +190,35 @@ def learn_bpe(text: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def existing_tokenizer(name: str) -> Tokenizer:
-    """Open the tokenizer of a checkpoint, a folder or a name at the Hugging Face Hub."""
+def existing_tokenizer(name: str) -> Description:
+    """Open the tokenizer of a checkpoint, a folder or a name at the Hugging Face Hub, as example.py does.
+
+    Raises:
+        UsageError: there is none, or it is one that example.py refuses.
+    """
     try:
-        if Path(name).is_dir():
-            return Tokenizer.from_file(str(Path(name) / "tokenizer.json"))
-        return Tokenizer.from_pretrained(name)
-    except Exception as error:  # `tokenizers` and the hub's client raise nothing narrower
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--tokenizer is char, bpe or a checkpoint, but {name} cannot be opened: {reason}") from None
-
-
-def check_alphabet(tokenizer: Tokenizer, text: str, name: str) -> None:
-    """Refuse a text with characters that the alphabet of a checkpoint lacks, by name."""
-    vocabulary = tokenizer.get_vocab()
-    unknown = sorted(set(text.replace(END_OF_TEXT, "")) - vocabulary.keys())
-    if isinstance(tokenizer.model, models.WordLevel) and unknown:
-        raise UsageError(
-            f"the character {unknown[0]!r} (U+{ord(unknown[0]):04X}) is not among the {len(vocabulary)} of {name}"
-            + (f", nor are {len(unknown) - 1} others of the text" if unknown[1:] else "")
-        )
+        folder = find_tokenizer(name)
+        if not (folder / "config.json").is_file():  # a tokenizer without a model: all of its ids will do
+            return describe(folder, LARGEST_ID if has_files(folder) else 0)
+        vocab_size = read_json(folder / "config.json").get("vocab_size", GPT2_VOCAB_SIZE)
+        if type(vocab_size) is not int:
+            raise CheckpointError(f"{folder / 'config.json'}: expected vocab_size to be an integer")
+        return describe(folder, vocab_size)
+    except CheckpointError as error:
+        raise UsageError(f"--tokenizer is char, bpe or a checkpoint, but {name} cannot be used: {error}") from None
 
 
 def encode(tokenizer: Tokenizer, text: str, name: str) -> np.ndarray:
-    """Return the token ids, uint16, document by document; shows progress where there are many."""
+    """Return the token ids, uint16, document by document; shows progress where there are many.
 
-    def documents() -> Iterator[str]:
-        first, *rest = text.split(END_OF_TEXT)
-        yield first
-        for document in rest:
-            yield END_OF_TEXT + document
-
-    pieces = [
-        np.array(tokenizer.encode(document).ids, dtype="<u2")
-        for document in tqdm(documents(), desc=f"{name}.bin", unit=" documents", disable=END_OF_TEXT not in text)
-    ]
-    return np.concatenate(pieces)
+    Raises:
+        UsageError: the text has a character that the alphabet of a checkpoint lacks.
+    """
+    parts = tqdm(tokenizer.encode_in_parts(text), desc=f"{name}.bin", unit=" parts", disable=END_OF_TEXT not in text)
+    try:
+        return np.concatenate([np.array(ids, dtype="<u2") for ids in parts])
+    except UnknownCharacterError as error:
+        raise UsageError(str(error)) from None
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -247,25 +234,32 @@ def prepare(text: str, output_dir: Path, kind: str, vocab_size: int = 0, has_tes
     if kind == "bpe" and not SMALLEST_BPE_VOCAB <= vocab_size <= LARGEST_VOCAB:
         raise UsageError(f"--vocab-size must be {SMALLEST_BPE_VOCAB} to {LARGEST_VOCAB}, not {vocab_size}")
     parts = split_text(text, has_test)
-    if kind == "bpe":
-        tokenizer = learn_bpe(parts["train"], vocab_size)
+    if kind in TOKENIZERS:
+        made = learn_bpe(parts["train"], vocab_size) if kind == "bpe" else alphabet_tokenizer(text)
+        description = from_json(output_dir / "tokenizer.json", json.loads(made.to_str()))
     else:
-        tokenizer = alphabet_tokenizer(text) if kind == "char" else existing_tokenizer(kind)
-        check_alphabet(tokenizer, text, kind)
-    meta = {"vocab_size": tokenizer.get_vocab_size()}
+        description = existing_tokenizer(kind)
+    meta = {"vocab_size": description.vocab_size}
     if meta["vocab_size"] > LARGEST_VOCAB:
         raise UsageError(
-            f"the vocabulary has {meta['vocab_size']:,} tokens, but ids of 16 bits name only {LARGEST_VOCAB:,}"
+            f"the vocabulary has ids up to {meta['vocab_size'] - 1:,}, but files of 16 bits hold those up to "
+            f"{LARGEST_VOCAB - 1:,}"
         )
+    try:
+        tokenizer = build(description, meta["vocab_size"])
+    except CheckpointError as error:
+        raise UsageError(str(error)) from None
+    # Before anything is written: an alphabet may lack a character.
+    encoded = {name: encode(tokenizer, part, name) for name, part in parts.items()}
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {output_dir}: {error.strerror}") from None
-    for name, part in parts.items():
-        ids = encode(tokenizer, part, name)
+    for name, ids in encoded.items():
         write_atomically(output_dir / f"{name}.bin", ids.tobytes())
-        meta |= {f"{name}_chars": len(part), f"{name}_tokens": len(ids)}
-    write_atomically(output_dir / "tokenizer.json", tokenizer.to_str(pretty=True).encode("utf-8"))
+        meta |= {f"{name}_chars": len(parts[name]), f"{name}_tokens": len(ids)}
+    content = write_json(to_json(description), indent=2)
+    write_atomically(output_dir / "tokenizer.json", content.encode("utf-8"))
     write_atomically(output_dir / "meta.json", (json.dumps(meta, indent=2) + "\n").encode("utf-8"))
     return meta
 

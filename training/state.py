@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from transformers import GPT2LMHeadModel
 
 from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
+from tokenizing.description import Description, to_json, write_json
 
 STATE_FILE = "ckpt.pt"
 #: What ckpt.pt holds; train.Run.state says what each is.
@@ -49,8 +49,7 @@ def _written_together(folder: Path) -> Iterator[Path]:
 
 def save_model(
     model: GPT2LMHeadModel,
-    tokenizer: Tokenizer,
-    eos_token_id: int | None,
+    tokenizer: Description,
     folder: Path,
     write: Callable[[GPT2LMHeadModel, Path], object] = GPT2LMHeadModel.save_pretrained,
 ) -> None:
@@ -62,7 +61,7 @@ def save_model(
     Raises:
         UsageError: the disk is full, or `folder` cannot be written to; what was there before is still there.
     """
-    eos = None if eos_token_id is None else tokenizer.id_to_token(eos_token_id)
+    eos = tokenizer.eos_token
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.n_positions,
@@ -72,7 +71,7 @@ def save_model(
     }
     with _written_together(folder) as partial:
         write(model, partial)
-        tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / "tokenizer.json").write_text(write_json(to_json(tokenizer), indent=2), encoding="utf-8")
         text = json.dumps(tokenizer_config, indent=2) + "\n"
         (partial / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""What tokenizer.py is made of: HuggingFace's tokenizer files, what they describe, and added tokens in a text."""
