@@ -533,7 +533,7 @@ def quiet() -> Iterator[None]:
 def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
     """Writes a model that `quantize_model` has calibrated, in ModelOpt's unified HuggingFace layout. It is spent then.
 
-    ModelOpt's exporter does it, with two additions for what it refuses: a head of an odd number of rows in int4 gets
+    ModelOpt's exporter does it, with two additions for what it refuses: a weight of an odd number of rows in int4 gets
     one more row, of zeros, since the exporter packs rows in pairs; and the scales of an int8 KV cache, which it knows
     but does not write, are written as those of an fp8 cache are, with 127 for 448.
     """
@@ -542,10 +542,8 @@ def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
 
     extra: dict[str, Any] = {}
     with quiet(), _no_progress_bars(), torch.no_grad():
-        if config.quant_lm_head and config.mode == "int4-weight-only" and model.config.vocab_size % 2:
-            for module in (model.lm_head, model.transformer.wte):
-                if module.weight_quantizer.is_enabled:
-                    _add_row(module, _block(model, config))
+        if config.mode == "int4-weight-only":
+            _make_rows_even(model, _block(model, config))
         if config.kv_cache_dtype == "int8":
             extra = _take_cache_scales(model)
         # float32, so that the stored integers are those that the calibrated model computes with.
@@ -575,16 +573,25 @@ def _declare_method(folder: Path, config: QuantizationConfig) -> None:
     path.write_text(json.dumps(description, indent=4))
 
 
-def _add_row(module: Any, block: int) -> None:
-    """Appends a row of zeros to a weight in int4 blocks, with a scale of 1 for each of its blocks."""
+def _make_rows_even(model: Any, block: int) -> None:
+    """Appends a row of zeros to weights in int4 of an odd number of rows, with a scale of 1 for each of its blocks.
+
+    Biases stay as they are. The exporter runs the model once, to see which layers share an input: of a layer whose
+    weight does not fit its bias any more, nothing but the shape of what it returns matters there.
+    """
     import torch
     from torch.nn import functional as F
 
-    quantizer = module.weight_quantizer
-    blocks = module.weight.shape[1] // block
-    module.weight = torch.nn.Parameter(F.pad(module.weight, (0, 0, 0, 1)))
-    quantizer._amax = F.pad(quantizer._amax, (0, 0, 0, blocks), value=quantizer.maxbound)
-    quantizer._amax_shape_for_export = (module.weight.shape[0], -1)
+    for module in model.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is None or not quantizer.is_enabled or module.weight.shape[0] % 2 == 0:
+            continue
+        rows, width = module.weight.shape
+        module.weight = torch.nn.Parameter(F.pad(module.weight, (0, 0, 0, 1)))
+        quantizer._amax = F.pad(quantizer._amax, (0, 0, 0, width // block), value=quantizer.maxbound)
+        quantizer._amax_shape_for_export = (rows + 1, -1)
+        if getattr(module, "bias", None) is not None:
+            module.forward = lambda inputs, rows=rows: inputs.new_zeros(*inputs.shape[:-1], rows)
 
 
 def _take_cache_scales(model: Any) -> dict[str, Any]:

@@ -40,10 +40,19 @@ def modelopt() -> None:
     pytest.importorskip("modelopt.torch.quantization", reason="quantizing needs requirements-quant.txt")
 
 
-def make_checkpoint(folder: Path, tied: bool = True, vocabulary: int = VOCABULARY, width: int = WIDTH) -> Checkpoint:
+def make_checkpoint(
+    folder: Path,
+    tied: bool = True,
+    vocabulary: int = VOCABULARY,
+    width: int = WIDTH,
+    inner: int | None = None,
+    heads: int = 2,
+) -> Checkpoint:
     """A random GPT-2 whose input channels differ in size, so that smoothing has something to do."""
     random_checkpoint(folder)  # for its tokenizer
     edit_config(folder, n_embd=width, n_layer=LAYERS, vocab_size=vocabulary, tie_word_embeddings=tied)
+    edit_config(folder, n_inner=inner, n_head=heads)
+    inner = inner or 4 * width
     random = np.random.default_rng(0)
 
     def normal(*shape: int, scale: float) -> np.ndarray:
@@ -60,8 +69,8 @@ def make_checkpoint(folder: Path, tied: bool = True, vocabulary: int = VOCABULAR
         for name, size_in, size_out in (
             ("attn.c_attn", width, 3 * width),
             ("attn.c_proj", width, width),
-            ("mlp.c_fc", width, 4 * width),
-            ("mlp.c_proj", 4 * width, width),
+            ("mlp.c_fc", width, inner),
+            ("mlp.c_proj", inner, width),
         ):
             tensors[f"{block}.{name}.weight"] = normal(size_in, size_out, scale=0.5 * size_in**-0.5)
             tensors[f"{block}.{name}.bias"] = normal(size_out, scale=0.1)
