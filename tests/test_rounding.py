@@ -176,7 +176,10 @@ def test_an_odd_group_runs_too(tmp_path: Path) -> None:
     ("shape", "settings"),
     [
         ({"width": 32, "inner": 101}, {"method": "rtn", "bits": 4}),  # a block of 1
-        ({"width": 33, "inner": 99, "heads": 3}, {"method": "gptq", "bits": 3, "group_size": 33, "quant_lm_head": True}),
+        (
+            {"width": 33, "inner": 99, "heads": 3},
+            {"method": "gptq", "bits": 3, "group_size": 33, "quant_lm_head": True},
+        ),
         ({"width": 33, "inner": 132, "heads": 3, "tied": False}, {"method": "rtn", "bits": 3, "quant_lm_head": True}),
     ],
     ids=str,
