@@ -11,6 +11,11 @@ The way of the data: variants → a checkpoint each → compiled (or a saved eng
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import os
 import socket
@@ -54,9 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--max-tokens", metavar="N", type=int, default=8192, help="of its start; 0: all of it (default %(default)s)"
     )
     options = parser.parse_args(arguments)
-    command_line.check_least(options, max_tokens=0, port=1)
-    if options.port > 65535:
-        raise UsageError(f"expected --port to be at most 65535 but got {options.port}")
+    command_line.check_range(options, max_tokens=(0, None), port=(1, 65535))
     if options.max_tokens == 1:
         raise UsageError("expected --max-tokens to be at least 2, or 0 for all, but got 1")
     options.parsed_variants = [parse_variant(text) for text in options.variants or ()]

@@ -16,6 +16,11 @@ chooses integers and scales, and ModelOpt's quantizers get those) → `export`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import contextlib
 import copy
@@ -303,7 +308,8 @@ def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> n
             f"expected at least {length} tokens to calibrate on (one sample) but {source} has {len(ids)}"
         )
     last = len(ids) - length
-    starts = sorted({last * sample // max(config.calib_size - 1, 1) for sample in range(config.calib_size)})
+    size = min(config.calib_size, last + 1)  # more samples would be the same ones again
+    starts = sorted({last * sample // max(size - 1, 1) for sample in range(size)})
     return np.stack([ids[start : start + length] for start in starts])
 
 
@@ -439,7 +445,7 @@ def quantize_model(model: Any, config: QuantizationConfig, samples: np.ndarray |
 
 @contextlib.contextmanager
 def _without_zero_features(model: Any) -> Iterator[None]:
-    """While ModelOpt smooths, no input feature's weights are all zero, as a pruned model's are: it has no scale for those.
+    """While ModelOpt smooths, no input feature's weights are all zero, as a pruned model's are: it ends there.
 
     Any scale will do. One weight of theirs is made just large enough to have one, and put back (smoothed) in the end.
     """

@@ -23,8 +23,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import command_line  # noqa: E402
 import quantization  # noqa: E402
+from command_line import UsageError  # noqa: E402
 from engine import config_of, load_model  # noqa: E402
 from evaluation.perplexity import nats_of, perplexity  # noqa: E402
 from evaluation.text import encode, read_text  # noqa: E402
@@ -126,7 +132,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--group-size", metavar="N", type=int, nargs="+", default=[0], help="0: a scale an output feature (default)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    command_line.check_range(options, max_tokens=(0, None), stride=(1, None), calib_size=(1, None))
+    if options.max_tokens == 1:
+        raise UsageError("expected --max-tokens to be at least 2, or 0 for all, but got 1")
+    return options
 
 
 if __name__ == "__main__":

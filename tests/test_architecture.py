@@ -36,6 +36,7 @@ PROGRAMS = (
     "train",
     "training.log",
     "training.state",
+    "training.resume",
     "training.batches",
     "training.config",
     "training.corpus",
@@ -53,9 +54,10 @@ PROGRAMS = (
     "picture",
     "machine",
     "command_line",
+    "interrupt",
 )
 #: They train, with torch; the other programs import it only where it is needed.
-TRAINING = ("train", "training.log", "training.state", "training.batches", "training.qat")
+TRAINING = ("train", "training.log", "training.state", "training.resume", "training.batches", "training.qat")
 #: What programs may use of the portable runtime.
 SURFACE = {
     "nvtripy_portable.engine_file",

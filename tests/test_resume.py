@@ -127,6 +127,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(
         ({"n_head": 4}, "{} has n_head=2, but this run has n_head=4"),
         ({"block_size": 16}, "{} has block_size=32, but this run has block_size=16"),
         ({"bias": False}, "{} has bias=True, but this run has bias=False"),
+        ({"seed": 7}, "{} has seed=1337, but this run has seed=7"),
         ({"max_iters": 60}, "has done 60 steps; give a larger max_iters"),
     ],
 )
@@ -145,6 +146,8 @@ def test_a_run_is_not_resumed_from_something_else(
     assert "was trained on a dataset with another tokenizer" in error
     config = tiny_config(dataset, tmp_path / "out", init_from="resume")
     assert "out/ckpt.pt: No such file" in run(flags(config), capsys)
+    assert not (tmp_path / "out").exists(), "a resume makes no folder"
+    (tmp_path / "out").mkdir()
     for content, complaint in ((b"", "is damaged"), ((trained / "ckpt.pt").read_bytes()[:5000], "is damaged")):
         (tmp_path / "out" / "ckpt.pt").write_bytes(content)
         assert complaint in run(flags(config), capsys)
