@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import nvtripy as tp
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,7 +73,10 @@ def measure(checkpoint: Checkpoint, ids: np.ndarray, stride: int, name: str) -> 
     """The perplexity of a checkpoint on a text."""
     gpt = load_model(checkpoint, config_of(checkpoint, "float16"))
     context = checkpoint.config.n_positions
-    return perplexity(nats_of(gpt, ids, context, min(stride, context), name))
+    try:
+        return perplexity(nats_of(gpt, ids, context, min(stride, context), name))
+    except tp.TripyException as error:
+        raise UsageError(f"{checkpoint.path} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
 
 
 def run(options: argparse.Namespace) -> None:

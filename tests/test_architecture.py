@@ -23,6 +23,7 @@ PROGRAMS = (
     "web.page",
     "web.cards",
     "web.side_by_side",
+    "web.proxies",
     "example",
     "evaluate",
     "evaluation.chart",

@@ -6,12 +6,14 @@ compare its tensors with a model and an optimizer that are built by then. What i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GPT2Config
 
 from command_line import UsageError
 from training.config import TrainConfig
@@ -102,6 +104,14 @@ def _is_number(value: Any, finite: bool = True) -> bool:
     return not finite or math.isfinite(value)
 
 
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def _is_plain_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
@@ -109,9 +119,18 @@ def _is_plain_tensor(value: Any) -> bool:
 def _check_architecture(architecture: Any, model: Any) -> None:
     """The numbers from which a model is built, which have to be those of the tensors that it is to hold."""
     _expect(isinstance(architecture, dict) and all(isinstance(key, str) for key in architecture), "architecture")
-    _expect(isinstance(model, dict) and all(isinstance(key, str) for key in model), "model")
     for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         _expect(_is_count(architecture.get(name)) and architecture[name] > 0, f"architecture.{name}")
+    usual = GPT2Config().to_dict()
+    for name, value in architecture.items():
+        _expect(_is_json(value), f"architecture.{name}")
+        default = usual.get(name)
+        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
+        _expect(default is None or fits or name.endswith("_token_id"), f"architecture.{name}")
+        is_token = value is None or (type(value) is int and abs(value) < 1 << 63)
+        _expect(not name.endswith("_token_id") or is_token, f"architecture.{name}")
+    _expect(architecture.get("model_type") == "gpt2", "architecture.model_type")
+    _expect(isinstance(model, dict) and all(isinstance(key, str) for key in model), "model")
     layers = {name.split(".")[2] for name in model if name.startswith("transformer.h.")}
     _expect(architecture["n_layer"] == len(layers), "architecture.n_layer")
     for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
@@ -167,7 +186,9 @@ def _check_optimizer(found: Any, optimizer: torch.optim.Optimizer) -> None:
     groups, own = found.get("param_groups"), optimizer.state_dict()["param_groups"]
     _expect(isinstance(groups, list) and len(groups) == len(own), f"{what}.param_groups")
     for group, expected in zip(groups, own, strict=True):
-        _expect(isinstance(group, dict) and group.get("params") == expected["params"], f"{what}.param_groups")
+        numbers = group.get("params") if isinstance(group, dict) else None
+        _expect(isinstance(numbers, list) and all(map(_is_count, numbers)), f"{what}.param_groups")
+        _expect(numbers == expected["params"], f"{what}.param_groups")
     _expect(found["state"].keys() == set(range(len(parameters))), f"{what}.state")
     for number, parameter in enumerate(parameters):
         moments = found["state"][number]
