@@ -157,7 +157,10 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, tokens: Tokens, settings:
             executable = compile_model(gpt, 1)
             memory = compiled_weight_bytes(executable, checkpoint.config)
             file = str(Path(folder) / "engine")
-            engine_file.save(executable, file)
+            try:
+                engine_file.save(executable, file)
+            except OSError as error:
+                raise UsageError(f"cannot save the engine to {file}: {error.strerror or error}") from None
             del executable
             prompt = tokens.ids[: settings.prompt_tokens].tolist()
             speed = run_apart(measure_speed, file, config, prompt, settings.new_tokens, settings.runs)

@@ -183,7 +183,8 @@ def rebuild(architecture: dict[str, Any], dropout: dict[str, float], path: Path)
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
         fits = logits.shape == (1, 1, architecture["vocab_size"])
-        model.generation_config.validate(strict=True)  # as it is when it is saved
+        model.generation_config.validate(strict=True)  # as they are when they are saved
+        getattr(model.config, "validate", bool)()
     except Exception:  # whatever a value makes of transformers' code
         fits = False
     if not fits:
