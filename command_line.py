@@ -13,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import interrupt
+
 EMBEDDED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "shakespeare"
+MAX_THREADS = 1024  # of the portable runtime, which refuses more
 
 
 class UsageError(Exception):
@@ -51,21 +54,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
 
 
-def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small; an option that is not given (None) is none.
+def check_range(options: argparse.Namespace, **ranges: tuple[int, int | None]) -> None:
+    """Refuses numbers that are too small or too large; an option that is not given (None) is neither.
+
+    Args:
+        ranges: For each option the least and the largest; None: there is no largest.
 
     Raises:
         UsageError: one of them is.
 
-    >>> check_least(argparse.Namespace(max_tokens=0), max_tokens=1)
+    >>> check_range(argparse.Namespace(max_tokens=0), max_tokens=(1, None))
     Traceback (most recent call last):
     ...
     command_line.UsageError: expected --max-tokens to be at least 1 but got 0
     """
-    for name, minimum in least.items():
-        value = getattr(options, name)
-        if value is not None and value < minimum:
-            raise UsageError(f"expected --{name.replace('_', '-')} to be at least {minimum} but got {value}")
+    for name, (least, most) in ranges.items():
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is not None and value < least:
+            raise UsageError(f"expected {option} to be at least {least} but got {value}")
+        if value is not None and most is not None and value > most:
+            raise UsageError(f"expected {option} to be at most {most} but got {value}")
 
 
 def report(message: str) -> None:
@@ -84,7 +92,8 @@ def main(program: str, command: Callable[[], int | None], *expected: type[Except
 
     Returns:
         The exit code: ``command``'s own; 2 after one line on standard error for input that cannot be used, or a file
-        that cannot be read or written; 1 where the reader of standard output has gone; 130 after Ctrl-C.
+        that cannot be read or written, or too little memory; 1 where the reader of standard output has gone; 130 after
+        Ctrl-C.
     """
     unusable: tuple[type[Exception], ...] = (UsageError, *expected)
     if sys.stdout is not None:
@@ -93,7 +102,8 @@ def main(program: str, command: Callable[[], int | None], *expected: type[Except
         return fail(program, "standard output is closed")
     try:
         try:
-            return command() or 0
+            with interrupt.raised():
+                return command() or 0
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # --help, which leaves by SystemExit, has not done so
@@ -107,8 +117,10 @@ def main(program: str, command: Callable[[], int | None], *expected: type[Except
             return 1  # the reader has gone: nothing more to say
         where = error.filename or ("standard output" if prints else None)
         return fail(program, f"{where}: {error.strerror}" if where else str(error))
+    except MemoryError as error:
+        return fail(program, f"there is not enough memory{f': {error}' if str(error) else ''}")
     except KeyboardInterrupt:
-        return 130
+        return interrupt.EXIT_CODE
 
 
 def fail(program: str, message: str) -> int:

@@ -11,6 +11,11 @@ The way of the data: variants → a checkpoint each → compiled (or a saved eng
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import os
 import socket
@@ -26,6 +31,7 @@ from evaluation.facts import Facts, facts_of
 from evaluation.text import Tokens, encode, read_text
 from evaluation.variants import Variant, add_variants_argument, open_available, open_variants, parse_variant
 from quantization import QuantizationError
+from web.proxies import no_proxies
 from web.side_by_side import Comparison, Model
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
@@ -54,9 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--max-tokens", metavar="N", type=int, default=8192, help="of its start; 0: all of it (default %(default)s)"
     )
     options = parser.parse_args(arguments)
-    command_line.check_least(options, max_tokens=0, port=1)
-    if options.port > 65535:
-        raise UsageError(f"expected --port to be at most 65535 but got {options.port}")
+    command_line.check_range(options, max_tokens=(0, None), port=(1, 65535))
     if options.max_tokens == 1:
         raise UsageError("expected --max-tokens to be at least 2, or 0 for all, but got 1")
     options.parsed_variants = [parse_variant(text) for text in options.variants or ()]
@@ -77,7 +81,8 @@ def check_server(host: str, port: int) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
-        import gradio  # noqa: F401
+        with no_proxies():
+            import gradio  # noqa: F401
     except ImportError as error:
         raise UsageError(f"the page needs gradio ({error}): pip install -r {REQUIREMENTS}") from None
     try:
@@ -85,10 +90,9 @@ def check_server(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not what is only waiting to be forgotten
             probe.bind(address)
-    except OSError as error:
-        raise UsageError(
-            f"cannot serve at {host}:{port}: {error.strerror} (--port and --host choose another)"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a machine can be like that
+        reason = (error.strerror or error) if isinstance(error, OSError) else "no such name"
+        raise UsageError(f"cannot serve at {host}:{port}: {reason} (--port and --host choose another)") from None
 
 
 def prepare(variant: Variant, checkpoint: Checkpoint, tokens: Tokens) -> tuple[Model, Facts]:

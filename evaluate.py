@@ -14,6 +14,11 @@ that opens it and generates → speed and peak memory.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import sys
 import tempfile
@@ -89,7 +94,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     calibration.add_argument("--calib-size", metavar="N", type=int, default=quantization.CALIB_SIZE)
     calibration.add_argument("--calib-length", metavar="N", type=int)
     options = parser.parse_args(arguments)
-    command_line.check_least(options, max_tokens=0, context=1, stride=1, new_tokens=2, runs=1)
+    command_line.check_range(
+        options, max_tokens=(0, None), context=(1, None), stride=(1, None), new_tokens=(2, None), runs=(1, None)
+    )
     if options.max_tokens == 1:
         raise UsageError("expected --max-tokens to be at least 2, or 0 for all, but got 1")
     options.calibration = {name: getattr(options, name) for name in ("calib_data", "calib_size", "calib_length")}
@@ -136,11 +143,11 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, tokens: Tokens, settings:
 
     Raises:
         CheckpointError: its weights cannot be loaded.
-        UsageError: nvtripy cannot compile it.
+        UsageError: nvtripy cannot compile it, or the environment asks for what the runtime does not have.
     """
     import nvtripy as tp
 
-    from engine import compile_model, config_of, load_model
+    from engine import EngineError, compile_model, config_of, load_model
     from nvtripy_portable import engine_file
 
     config = config_of(checkpoint, variant.dtype)
@@ -150,11 +157,16 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, tokens: Tokens, settings:
             executable = compile_model(gpt, 1)
             memory = compiled_weight_bytes(executable, checkpoint.config)
             file = str(Path(folder) / "engine")
-            engine_file.save(executable, file)
+            try:
+                engine_file.save(executable, file)
+            except OSError as error:
+                raise UsageError(f"cannot save the engine to {file}: {error.strerror or error}") from None
             del executable
             prompt = tokens.ids[: settings.prompt_tokens].tolist()
             speed = run_apart(measure_speed, file, config, prompt, settings.new_tokens, settings.runs)
         nats = nats_of(gpt, tokens.ids, settings.context, settings.stride, variant.name)
+    except EngineError as error:
+        raise UsageError(str(error)) from None
     except tp.TripyException as error:
         raise UsageError(f"variant {variant.name} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
     return Result(

@@ -8,7 +8,13 @@ The text goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -106,7 +112,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
     options.quantization = quantization.config_from(options) if quantization.is_asked_for(options) else None
-    command_line.check_least(options, max_new_tokens=1, num_samples=1, top_k=0, threads=1)
+    command_line.check_range(
+        options,
+        max_new_tokens=(1, None),
+        num_samples=(1, None),
+        top_k=(0, None),
+        threads=(1, command_line.MAX_THREADS),
+    )
     if "" in options.stop:
         raise UsageError("expected --stop to be a text but got an empty one")
     for name, text in [("input-text", options.input_text or ""), *(("stop", stop) for stop in options.stop)]:
@@ -237,12 +249,12 @@ def run(options: argparse.Namespace) -> None:
     # These import nvtripy, which takes a moment: only once the input is known to be good.
     from engine import EngineError, open_engine
 
-    jobs = [
+    jobs = (
         Job(prompt, ids, sample)
         for prompt, ids in zip(prompts, encoded, strict=True)
         for sample in range(options.num_samples)
-    ]
-    batch = 1 if options.stream else min(len(jobs), MAX_BATCH)
+    )
+    batch = 1 if options.stream else min(len(prompts) * options.num_samples, MAX_BATCH)
     report = command_line.report if options.verbose else _ignore
     try:
         engine = open_engine(checkpoint, options.dtype, batch, options.engine_dir, report)
@@ -252,11 +264,12 @@ def run(options: argparse.Namespace) -> None:
     del checkpoint
     timing.compiled = time.perf_counter()
 
-    for begin in range(0, len(jobs), batch):
-        group = jobs[begin : begin + batch]
+    is_first = True
+    while group := list(itertools.islice(jobs, batch)):
         pieces = respond(engine, tokenizer, group, options, eos_id, timing)
-        if begin:
+        if not is_first:
             print(SEPARATOR)
+        is_first = False
         if options.stream:
             print(group[0].prompt, end="", flush=True)
             for _, piece in pieces:

@@ -67,7 +67,8 @@ class Sampler:
         """A token id from logits (V,)."""
         if self._temperature == 0.0:
             return int(np.argmax(logits))
-        return draw(logits, next(self._uniforms), self._temperature, self._top_k, self._top_p)
+        top_k = None if self._top_k is None else min(self._top_k, len(logits))
+        return draw(logits, next(self._uniforms), self._temperature, top_k, self._top_p)
 
 
 def _uniforms(random: np.random.Generator) -> Iterator[float]:

@@ -42,6 +42,11 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory_bytes() -> int:
     """The most memory that this process has had resident.
 

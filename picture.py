@@ -53,6 +53,6 @@ def write(figure: Any, path: Path) -> None:
         os.chmod(partial, 0o644)  # mkstemp makes it for its owner alone
         os.replace(partial, path)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         Path(partial).unlink(missing_ok=True)

@@ -16,6 +16,11 @@ chooses integers and scales, and ModelOpt's quantizers get those) → `export`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import argparse
 import contextlib
 import copy
@@ -298,7 +303,8 @@ def calibration_samples(checkpoint: Checkpoint, config: QuantizationConfig) -> n
             f"expected at least {length} tokens to calibrate on (one sample) but {source} has {len(ids)}"
         )
     last = len(ids) - length
-    starts = sorted({last * sample // max(config.calib_size - 1, 1) for sample in range(config.calib_size)})
+    size = min(config.calib_size, last + 1)  # more samples would be the same ones again
+    starts = sorted({last * sample // max(size - 1, 1) for sample in range(size)})
     return np.stack([ids[start : start + length] for start in starts])
 
 
@@ -362,15 +368,29 @@ def modelopt_config(config: QuantizationConfig, block: int = BLOCK) -> dict[str,
 
 
 def load_torch_model(folder: Path) -> Any:
-    """transformers' GPT2LMHeadModel of a checkpoint folder, in float32, ready to be quantized."""
+    """transformers' GPT2LMHeadModel of a checkpoint folder, in float32, ready to be quantized.
+
+    Raises:
+        QuantizationError: transformers does not load it, or not all of it.
+    """
     import torch
     import transformers
 
     # Attention in plain operations: what is observed then does not depend on which fused kernel a processor has.
-    with quiet(), _no_progress_bars():
-        model = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        )
+    try:
+        with quiet(), _no_progress_bars():
+            model, found = transformers.GPT2LMHeadModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QuantizationError(f"transformers cannot open {folder}: {reason}") from None
+    if found["missing_keys"]:  # it would make them up
+        raise QuantizationError(f"expected {sorted(found['missing_keys'])[0]} in {folder} but it is not there")
     model.config.architectures = ["GPT2LMHeadModel"]  # the exporter reads it, and old checkpoints lack it
     return model.eval()
 
@@ -392,23 +412,53 @@ def quantize_model(model: Any, config: QuantizationConfig, samples: np.ndarray |
     import modelopt.torch.quantization as mtq
     import torch
 
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise QuantizationError(f"expected finite weights but {name} holds infinities or NaNs")
     block = _block(model, config)
     if config.quant_lm_head and model.config.tie_word_embeddings:
         # Of the same values still, but each with its own quantizer.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    smooths = config.mode == "int8-smoothquant"
     try:
         with quiet(), torch.no_grad():
             observe = _forward_loop(config, samples) if config.needs_calibration and samples is not None else None
             layers = [] if config.method == "modelopt" else _round_layers(model, config, samples)
-            mtq.quantize(model, modelopt_config(config, block), observe)
+            with _without_zero_features(model) if smooths else contextlib.nullcontext():
+                mtq.quantize(model, modelopt_config(config, block), observe)
             for layer in layers:
                 _set_scales(model.transformer.get_submodule(layer.name), layer.scales, block)
             if config.per_token:
                 _make_inputs_dynamic(model)
             if config.quant_lm_head and config.mode is not None:
                 _quantize_head(model, config, block)
-    except AssertionError as error:  # ModelOpt's way to refuse infinities and NaNs
-        raise QuantizationError(f"ModelOpt cannot calibrate this checkpoint: {error}") from error
+    except (AssertionError, LookupError, RuntimeError, ValueError) as error:  # infinities and NaNs; no memory; …
+        # ModelOpt and torch each raise their own.
+        reason = str(error).strip() or type(error).__name__
+        raise QuantizationError(f"ModelOpt cannot calibrate this checkpoint: {reason.splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def _without_zero_features(model: Any) -> Iterator[None]:
+    """While ModelOpt smooths, no input feature's weights are all zero, as a pruned model's are: it ends there.
+
+    Any scale will do. One weight of theirs is made just large enough to have one, and put back (smoothed) in the end.
+    """
+    kept = []
+    for name, module in model.transformer.h.named_modules():
+        if name.endswith(("c_attn", "c_proj", "c_fc")):
+            weight = module.weight  # a Conv1D's, (in, out)
+            largest = weight.abs().amax(dim=1)
+            least = (float(largest.max()) or 1.0) * 1e-9
+            features = (largest < least).nonzero()[:, 0]
+            kept.append((name, features, weight[features].clone()))
+            weight[features, 0] = least
+    yield
+    for name, features, rows in kept:
+        module = model.transformer.h.get_submodule(name)  # a Linear's weight by now, (out, in)
+        if len(features):
+            scale = module.input_quantizer.pre_quant_scale.reshape(-1)[features]
+            module.weight[:, features] = (rows / scale[:, None]).T
 
 
 def _block(model: Any, config: QuantizationConfig) -> int:
@@ -528,7 +578,7 @@ def quiet() -> Iterator[None]:
 def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
     """Writes a model that `quantize_model` has calibrated, in ModelOpt's unified HuggingFace layout. It is spent then.
 
-    ModelOpt's exporter does it, with two additions for what it refuses: a head of an odd number of rows in int4 gets
+    ModelOpt's exporter does it, with two additions for what it refuses: a weight of an odd number of rows in int4 gets
     one more row, of zeros, since the exporter packs rows in pairs; and the scales of an int8 KV cache, which it knows
     but does not write, are written as those of an fp8 cache are, with 127 for 448.
     """
@@ -537,10 +587,9 @@ def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
 
     extra: dict[str, Any] = {}
     with quiet(), _no_progress_bars(), torch.no_grad():
-        if config.quant_lm_head and config.mode == "int4-weight-only" and model.config.vocab_size % 2:
-            for module in (model.lm_head, model.transformer.wte):
-                if module.weight_quantizer.is_enabled:
-                    _add_row(module, _block(model, config))
+        if config.mode == "int4-weight-only":
+            _make_rows_even(model, _block(model, config))
+        _give_zeros_a_scale(model)
         if config.kv_cache_dtype == "int8":
             extra = _take_cache_scales(model)
         # float32, so that the stored integers are those that the calibrated model computes with.
@@ -570,16 +619,37 @@ def _declare_method(folder: Path, config: QuantizationConfig) -> None:
     path.write_text(json.dumps(description, indent=4))
 
 
-def _add_row(module: Any, block: int) -> None:
-    """Appends a row of zeros to a weight in int4 blocks, with a scale of 1 for each of its blocks."""
+def _make_rows_even(model: Any, block: int) -> None:
+    """Appends a row of zeros to weights in int4 of an odd number of rows, with a scale of 1 for each of its blocks.
+
+    Biases stay as they are. The exporter runs the model once, to see which layers share an input: of a layer whose
+    weight does not fit its bias any more, nothing but the shape of what it returns matters there.
+    """
     import torch
     from torch.nn import functional as F
 
-    quantizer = module.weight_quantizer
-    blocks = module.weight.shape[1] // block
-    module.weight = torch.nn.Parameter(F.pad(module.weight, (0, 0, 0, 1)))
-    quantizer._amax = F.pad(quantizer._amax, (0, 0, 0, blocks), value=quantizer.maxbound)
-    quantizer._amax_shape_for_export = (module.weight.shape[0], -1)
+    for module in model.modules():
+        quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is None or not quantizer.is_enabled or module.weight.shape[0] % 2 == 0:
+            continue
+        rows, width = module.weight.shape
+        module.weight = torch.nn.Parameter(F.pad(module.weight, (0, 0, 0, 1)))
+        quantizer._amax = F.pad(quantizer._amax, (0, 0, 0, width // block), value=quantizer.maxbound)
+        quantizer._amax_shape_for_export = (rows + 1, -1)
+        if getattr(module, "bias", None) is not None:
+            module.forward = lambda inputs, rows=rows: inputs.new_zeros(*inputs.shape[:-1], rows)
+
+
+def _give_zeros_a_scale(model: Any) -> None:
+    """A scale of 1 for what has been all zeros: the exporter divides a weight in fp8 by its scale, readers a cache."""
+    import torch
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer) and module.is_enabled and getattr(module, "_amax", None) is not None:
+            scale = module._amax / module.maxbound
+            is_zero = scale < torch.finfo(torch.float32).tiny
+            module._amax = torch.where(is_zero, torch.full_like(scale, module.maxbound), module._amax)
 
 
 def _take_cache_scales(model: Any) -> dict[str, Any]:
@@ -652,7 +722,7 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
     try:
         model = load_torch_model(checkpoint.path)
         quantize_model(model, config, samples)
-        export(model, partial, config)
+        _export_or_say_why(model, partial, config)
         for file in TOKENIZER_FILES:
             if (checkpoint.path / file).is_file():
                 shutil.copyfile(checkpoint.path / file, partial / file)
@@ -665,6 +735,20 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         raise QuantizationError(f"cannot write {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _export_or_say_why(model: Any, folder: Path, config: QuantizationConfig) -> None:
+    """`export`, whose libraries each have their own exceptions, for a full disk too.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        export(model, folder, config)
+    except (SafetensorError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        raise OSError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 
 def _check_source(checkpoint: Checkpoint, config: QuantizationConfig) -> None:

@@ -12,6 +12,11 @@ resumed (--init_from=resume).
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import contextlib
 import dataclasses
 import hashlib
@@ -38,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 import command_line
 import compression
+import machine
 import quantization
 from command_line import UsageError
 from modelopt_layout import DESCRIPTION_FILE
@@ -48,6 +54,7 @@ from tokenizing.files import has_files
 from training.batches import Batches, Dataset, load_dataset
 from training.config import TrainConfig, parse_config
 from training.log import Evaluation, TrainingLog, say
+from training.resume import check_training, check_values, check_weights
 from training.state import STATE_FILE, load_state, save_model, save_state
 from weight_loader import CheckpointError, open_checkpoint
 
@@ -126,8 +133,11 @@ def build_model(config: TrainConfig, data: Dataset, state: dict[str, Any] | None
     With qat, it computes with weights rounded to int8.
     """
     dropout = {"embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "attn_pdrop": config.attn_dropout}
+    path = Path(config.out_dir) / STATE_FILE
+    if state is None and config.init_from == "scratch":
+        check_memory(config, data)
     if state is not None:
-        model = GPT2LMHeadModel(GPT2Config(**{**state["architecture"], **dropout}))
+        model = rebuild(state["architecture"], dropout, path)
     elif config.init_from == "scratch":
         shape = {"n_positions": config.block_size, **{k: getattr(config, k) for k in ("n_embd", "n_layer", "n_head")}}
         ends = {"bos_token_id": data.eos_token_id, "eos_token_id": data.eos_token_id}
@@ -140,10 +150,48 @@ def build_model(config: TrainConfig, data: Dataset, state: dict[str, Any] | None
     if config.qat:
         quantization_aware().prepare(model)
     if state is not None:
+        check_weights(state, model, path)
         model.load_state_dict(state["model"])
     if not config.bias:
         freeze_biases(model)
     return model
+
+
+def check_memory(config: TrainConfig, data: Dataset) -> None:
+    """Refuse a model or a batch that cannot be in this machine's memory, before anything tries.
+
+    Raises:
+        UsageError: its weights, their gradients and AdamW's moments, or a batch's logits, take more.
+    """
+    width = config.n_embd
+    parameters = config.n_layer * 12 * width**2 + (data.vocab_size + config.block_size) * width
+    for what, size in (
+        (f"{parameters:,} parameters", 16 * parameters),
+        (f"batch_size={config.batch_size}", 4 * config.batch_size * config.block_size * data.vocab_size),
+    ):
+        if size > machine.memory_bytes():
+            has = machine.memory_bytes() >> 30
+            raise UsageError(f"{what} take at least {size >> 30:,} GiB of memory, but this machine has {has:,}")
+
+
+def rebuild(architecture: dict[str, Any], dropout: dict[str, float], path: Path) -> GPT2LMHeadModel:
+    """Return a model of a saved architecture, proven to compute; its weights are still to be loaded.
+
+    Raises:
+        UsageError: transformers can make no such model.
+    """
+    try:
+        model = GPT2LMHeadModel(GPT2Config(**{**architecture, **dropout}))
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
+        fits = logits.shape == (1, 1, architecture["vocab_size"])
+        model.generation_config.validate(strict=True)  # as they are when they are saved
+        getattr(model.config, "validate", bool)()
+    except Exception:  # whatever a value makes of transformers' code
+        fits = False
+    if not fits:
+        raise UsageError(f"cannot resume: {path} is damaged (architecture)")
+    return model.train()
 
 
 def quantization_aware() -> ModuleType:
@@ -267,13 +315,13 @@ def mean_nats(
 
 
 def check_same(config: TrainConfig, data: Dataset, state: dict[str, Any]) -> None:
-    """Refuse to resume a run of another model.
+    """Refuse to resume a run of another model, or with what can only be set at the beginning. All else counts anew.
 
     Raises:
-        UsageError: the model's shape or tokenizer is another one.
+        UsageError: the model's shape, its tokenizer or the seed is another one.
     """
     path = Path(config.out_dir) / STATE_FILE
-    keys = ["block_size", "bias", "qat"]
+    keys = ["block_size", "bias", "qat", "seed"]
     if state["config"]["init_from"] == "scratch":  # else the shape is that of the checkpoint it began with
         keys = ["n_layer", "n_head", "n_embd", *keys]
     for key in keys:
@@ -286,6 +334,10 @@ def check_same(config: TrainConfig, data: Dataset, state: dict[str, Any]) -> Non
 
 def fingerprint(data: Dataset) -> str:
     return hashlib.sha256(write_json(to_json(data.description)).encode()).hexdigest()
+
+
+def val_fingerprint(data: Dataset) -> str:
+    return hashlib.sha256(data.val.tobytes()).hexdigest()
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
@@ -311,10 +363,11 @@ def train(config: TrainConfig) -> float:
     device, dtype = choose_device(config, processes.local_rank)
     data = load_dataset(ROOT / "data" / config.dataset, config.block_size)
     out_dir = Path(config.out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {out_dir}: {error.strerror}") from None
+    if config.init_from != "resume":
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {out_dir}: {error.strerror}") from None
     with joined(processes, device):
         return Run(config, data, processes, device, dtype).train()
 
@@ -328,6 +381,7 @@ class Run:
         self.config, self.data, self.processes, self.device, self.dtype = config, data, processes, device, dtype
         state = load_state(Path(config.out_dir)) if config.init_from == "resume" else None
         if state is not None:
+            check_values(state, Path(config.out_dir) / STATE_FILE)
             check_same(config, data, state)
         # The random numbers are torch's own on every device, so that the same seed begins with the same weights.
         torch.manual_seed(config.seed)
@@ -361,14 +415,24 @@ class Run:
             raise UsageError(
                 f"cannot resume: {self.config.out_dir} has done {state['step']} steps; give a larger max_iters"
             )
-        self.step, self.best = state["step"], state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        path = Path(self.config.out_dir) / STATE_FILE
+        check_training(state, self.averaged, self.optimizer, path)
+        self.step = state["step"]
+        if state.get("val") in (None, val_fingerprint(self.data)):  # else what was measured cannot be compared
+            self.best = state["best"]
+        # The moments of the run that was; but the settings (decay, betas) of this one.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        if state["scaler"]:  # a run in another type than float16 has none
+            self.scaler.load_state_dict(state["scaler"])
         self.batches.restore(state["batches"])
         if self.averaged and state["averaged"] is not None:
             self.averaged.load_state_dict(state["averaged"])
         if len(state["random"]) == self.processes.count:
-            restore_random_states(state["random"][self.processes.rank], self.device)
+            try:
+                restore_random_states(state["random"][self.processes.rank], self.device)
+            except (RuntimeError, TypeError):
+                raise UsageError(f"cannot resume: {path} is damaged (random)") from None
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs. Every process has to call this, at the same step."""
@@ -382,6 +446,7 @@ class Run:
             "config": self.began_as,
             "architecture": self.model.config.to_dict(),
             "tokenizer": fingerprint(self.data),
+            "val": val_fingerprint(self.data),
             "history": [dataclasses.astuple(entry) for entry in self.log.history] if self.log else [],
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,

@@ -22,6 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs at the root
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import model_files
 import numpy as np
 import peers
@@ -95,7 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.runs is None:
         options.runs = 1 if options.quick else 7
-    command_line.check_least(options, threads=1, runs=1)
+    command_line.check_range(options, threads=(1, command_line.MAX_THREADS), runs=(1, None))
     if options.plot is not None:
         picture.check(options.plot, "requirements-bench.txt")
     path = options.json

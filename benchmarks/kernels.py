@@ -10,7 +10,6 @@ The load of the machine is printed first: other programs on the same cores make 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -22,10 +21,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from fused_graphs import Shape, empty_cache, model_graph  # noqa: E402
 
+import command_line  # noqa: E402
+from command_line import UsageError  # noqa: E402
 from nvtripy_portable.cpu.executor import Executor  # noqa: E402
 from nvtripy_portable.cpu.native import isa, load  # noqa: E402
 from nvtripy_portable.graph import Graph  # noqa: E402
@@ -62,17 +63,33 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Numbers from 1 to the context, with commas between them."""
+    numbers = [each for each in text.split(",") if each]
+    if not all(each.isdecimal() and 1 <= int(each[:20]) <= GPT2.context for each in numbers):
+        raise UsageError(f"expected {option} to be numbers from 1 to {GPT2.context} but got {text!r}")
+    return [int(each) for each in numbers]
+
+
+def run() -> None:
+    """Carries out the command."""
+    parser = command_line.Parser("kernels.py", (__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=60)
     parser.add_argument("--only", default=",".join(VARIANTS))
     parser.add_argument("--prefill", default="64,512")
     options = parser.parse_args()
+    command_line.check_range(
+        options, threads=(1, command_line.MAX_THREADS), context=(1, GPT2.context - 1), repeat=(1, None)
+    )
+    lengths = whole_numbers(options.prefill, "--prefill")
+    variants = options.only.split(",")
+    if not set(variants) <= VARIANTS.keys():
+        raise UsageError(f"expected --only to be of {', '.join(VARIANTS)} but got {options.only!r}")
     native = load()
     if native is None:
-        sys.exit(1)
+        raise UsageError("the native executor is not built")
     if options.threads:
         native.set_threads(options.threads)
     threads = native.threads()
@@ -80,9 +97,8 @@ def main() -> None:
     native.read_all(isa(), buffer)
     print(f"{native.kernels_for(isa())}, {threads} threads, load {os.getloadavg()[0]:.1f} before the first measurement")
     print(f"{'':6} {'GB/s read':>10} {'ms/token':>9} {'tokens/s':>9} {'of read':>8}", end="")
-    lengths = [int(each) for each in options.prefill.split(",") if each]
     print("".join(f" {f'prefill {each}':>12} {'GFLOP/s':>8}" for each in lengths))
-    for name in options.only.split(","):
+    for name in variants:
         # Activations are float16, as example.py has them by default: that allows int16 inputs for integer weights.
         graph = model_graph(GPT2, cache_dtype="f16", dtype="f16", **VARIANTS[name])
         executor = Executor.of(graph)
@@ -123,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # ValueError: the environment asks for an instruction set or a number of threads that cannot be.
+    sys.exit(command_line.main("kernels.py", run, ValueError))

@@ -19,12 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import nvtripy as tp
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 import command_line  # noqa: E402
 import quantization  # noqa: E402
+from command_line import UsageError  # noqa: E402
 from engine import config_of, load_model  # noqa: E402
 from evaluation.perplexity import nats_of, perplexity  # noqa: E402
 from evaluation.text import encode, read_text  # noqa: E402
@@ -66,7 +73,10 @@ def measure(checkpoint: Checkpoint, ids: np.ndarray, stride: int, name: str) -> 
     """The perplexity of a checkpoint on a text."""
     gpt = load_model(checkpoint, config_of(checkpoint, "float16"))
     context = checkpoint.config.n_positions
-    return perplexity(nats_of(gpt, ids, context, min(stride, context), name))
+    try:
+        return perplexity(nats_of(gpt, ids, context, min(stride, context), name))
+    except tp.TripyException as error:
+        raise UsageError(f"{checkpoint.path} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -126,7 +136,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--group-size", metavar="N", type=int, nargs="+", default=[0], help="0: a scale an output feature (default)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    command_line.check_range(options, max_tokens=(0, None), stride=(1, None), calib_size=(1, None))
+    if options.max_tokens == 1:
+        raise UsageError("expected --max-tokens to be at least 2, or 0 for all, but got 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ PROGRAMS = (
     "web.page",
     "web.cards",
     "web.side_by_side",
+    "web.proxies",
     "example",
     "evaluate",
     "evaluation.chart",
@@ -36,6 +37,7 @@ PROGRAMS = (
     "train",
     "training.log",
     "training.state",
+    "training.resume",
     "training.batches",
     "training.config",
     "training.corpus",
@@ -57,9 +59,10 @@ PROGRAMS = (
     "machine",
     "text_file",
     "command_line",
+    "interrupt",
 )
 #: They train, with torch; the other programs import it only where it is needed.
-TRAINING = ("train", "training.log", "training.state", "training.batches", "training.qat")
+TRAINING = ("train", "training.log", "training.state", "training.resume", "training.batches", "training.qat")
 #: What programs may use of the portable runtime.
 SURFACE = {
     "nvtripy_portable.engine_file",

@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_checkpoints import random_checkpoint, reciting_checkpoint, script_of
 
 import demo
+from command_line import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -147,6 +149,7 @@ def test_bad_options(run: Any, arguments: list[str], expected: str) -> None:
     [
         (["--variants", "./nowhere"], "expected a checkpoint folder at 'nowhere'"),
         (["--host=192.0.2.1"], "cannot serve at 192.0.2.1:"),
+        ([f"--host={'a' * 300}"], "no such name (--port and --host choose another)"),
         (["--host=nobody.invalid"], "cannot serve at nobody.invalid:"),
         (["--data=nowhere.txt"], "cannot read nowhere.txt: No such file"),
     ],
@@ -162,6 +165,48 @@ def test_a_port_that_is_taken(run: Any) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"cannot serve at 127.0.0.1:{port}: Address already in use (--port and --host" in run(f"--port={port}")
+
+
+@needs_gradio
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "no proxy at all", "socks9://x:y"])
+def test_a_proxy_is_not_asked_for_the_own_page(
+    proxy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gradio
+
+    from web import page
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "example.org")
+
+    class Ended:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    with gradio.Blocks(analytics_enabled=False) as blocks:
+        gradio.HTML("page")
+    port = free_port()
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "threading", SimpleNamespace(Event=Ended))
+        page.serve(blocks, "127.0.0.1", port)
+    assert f"the page is at http://127.0.0.1:{port}" in capsys.readouterr().err
+    assert os.environ["NO_PROXY"] == "example.org" and "no_proxy" not in os.environ, "downloads still have theirs"
+
+
+@needs_gradio
+def test_whatever_gradio_raises_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio
+
+    from web import page
+
+    def launch(*arguments: object, **options: object) -> None:
+        raise RuntimeError("it is\nnot there")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    with pytest.raises(UsageError, match=r"cannot serve at 127\.0\.0\.1:1: it is$"):
+        page.serve(gradio.Blocks(), "127.0.0.1", 1)
 
 
 def test_without_gradio(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,25 @@ def test_a_text_from_windows_is_the_same_text(text: Path) -> None:
     assert read_text(str(text), 0)[0] == "one\ntwo\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("NVTRIPY_PORTABLE_ISA", "sse9", "expected NVTRIPY_PORTABLE_ISA to be one of "),
+        ("NVTRIPY_PORTABLE_THREADS", "0", "expected NVTRIPY_PORTABLE_THREADS to be 1 to 1024 but got '0'"),
+        ("NVTRIPY_PORTABLE_THREADS", str(1 << 40), f"1 to 1024 but got '{1 << 40}'"),
+    ],
+)
+def test_what_the_runtime_does_not_have(
+    run: Any, tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    """Told by the process that measures speed."""
+    monkeypatch.setenv(name, value)
+    done = run(f"--model-type={tiny}", f"--data={text}", "--variants", "float32")
+    assert (done.code, done.out) == (2, "")
+    assert "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith("evaluate.py: error: ") and expected in done.err.splitlines()[-1]
+
+
 def test_picture_in_place_of_a_folder(matplotlib: Any, run: Any, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     assert "folder.png is a folder" in run(f"--model-type={tiny}", f"--plot={tmp_path / 'folder.png'}").complaint

@@ -228,6 +228,33 @@ def test_only_line_ends_separate_prompts(ask: Ask, tmp_path: Path) -> None:
     assert first.startswith("a\fb\u2028c") and second.startswith("d")
 
 
+@pytest.mark.parametrize("top_k", [256 + 1, 1 << 31, 1 << 63, 1 << 64, 10**30])
+def test_a_top_k_beyond_the_vocabulary_keeps_all(ask: Ask, top_k: int) -> None:
+    assert ask(input_text="The", seed=1, top_k=top_k) == ask(input_text="The", seed=1, top_k=0)
+
+
+def test_any_number_of_new_tokens_ends_with_the_context(ask: Ask) -> None:
+    assert ask(input_text="The", seed=1, max_new_tokens=10**30) == ask(input_text="The", seed=1, max_new_tokens=64)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_samples_without_end_come_one_after_another(ask: Ask, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """They are not all planned first: a billion would fill the memory."""
+    respond, groups = example.respond, []
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        groups.append([job.sample for job in arguments[2]])
+        return respond(*arguments)
+
+    monkeypatch.setattr(example, "respond", interrupted)
+    found = ask(input_text="The", seed=1, num_samples=10**30, stream=stream)
+    assert found.code == 130
+    assert groups == ([[0], [1]] if stream else [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert found.out
+
+
 def test_num_samples(ask: Ask) -> None:
     one, four = ask(input_text="The", seed=1), ask(input_text="The", seed=1, num_samples=4)
     assert four.texts[0] == one.text, "the first sample does not depend on how many there are"
@@ -653,6 +680,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "temperature infinite": (lambda p: [*PROMPT, "--temperature=inf"], "finite temperature .* but got inf"),
     "temperature text": (lambda p: [*PROMPT, "--temperature=hot"], "--temperature: invalid float value: 'hot'"),
     "no threads": (lambda p: [*PROMPT, "--threads=0"], "expected --threads to be at least 1 but got 0"),
+    "too many threads": (
+        lambda p: [*PROMPT, f"--threads={1 << 40}"],
+        f"--threads to be at most 1024 but got {1 << 40}",
+    ),
     "top-k negative": (lambda p: [*PROMPT, "--top-k=-1"], "expected --top-k to be at least 0 but got -1"),
     "top-p zero": (lambda p: [*PROMPT, "--top-p=0"], "expected top-p to be above 0 and at most 1 but got 0.0"),
     "top-p two": (lambda p: [*PROMPT, "--top-p=2"], "expected top-p to be above 0 and at most 1 but got 2.0"),

@@ -7,10 +7,12 @@ transformers, and so says how the folder has to be read: its logits are those of
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import types
@@ -27,7 +29,7 @@ from tiny_checkpoints import CONTEXT, VOCABULARY, edit_config, random_checkpoint
 
 import quantization
 from quantization import QuantizationConfig, QuantizationError
-from weight_loader import Checkpoint, open_checkpoint
+from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, LAYERS = 128, 2
@@ -40,10 +42,19 @@ def modelopt() -> None:
     pytest.importorskip("modelopt.torch.quantization", reason="quantizing needs requirements-quant.txt")
 
 
-def make_checkpoint(folder: Path, tied: bool = True, vocabulary: int = VOCABULARY, width: int = WIDTH) -> Checkpoint:
+def make_checkpoint(
+    folder: Path,
+    tied: bool = True,
+    vocabulary: int = VOCABULARY,
+    width: int = WIDTH,
+    inner: int | None = None,
+    heads: int = 2,
+) -> Checkpoint:
     """A random GPT-2 whose input channels differ in size, so that smoothing has something to do."""
     random_checkpoint(folder)  # for its tokenizer
     edit_config(folder, n_embd=width, n_layer=LAYERS, vocab_size=vocabulary, tie_word_embeddings=tied)
+    edit_config(folder, n_inner=inner, n_head=heads)
+    inner = inner or 4 * width
     random = np.random.default_rng(0)
 
     def normal(*shape: int, scale: float) -> np.ndarray:
@@ -60,8 +71,8 @@ def make_checkpoint(folder: Path, tied: bool = True, vocabulary: int = VOCABULAR
         for name, size_in, size_out in (
             ("attn.c_attn", width, 3 * width),
             ("attn.c_proj", width, width),
-            ("mlp.c_fc", width, 4 * width),
-            ("mlp.c_proj", 4 * width, width),
+            ("mlp.c_fc", width, inner),
+            ("mlp.c_proj", inner, width),
         ):
             tensors[f"{block}.{name}.weight"] = normal(size_in, size_out, scale=0.5 * size_in**-0.5)
             tensors[f"{block}.{name}.bias"] = normal(size_out, scale=0.1)
@@ -577,8 +588,101 @@ def test_weights_that_are_not_numbers(
     tensors = load_file(checkpoint.path / "model.safetensors")
     tensors["transformer.h.0.mlp.c_fc.weight"][3, 3] = np.nan
     save_file(tensors, checkpoint.path / "model.safetensors")
-    with pytest.raises(QuantizationError, match="ModelOpt cannot calibrate this checkpoint: detected nan values"):
+    expected = r"expected finite weights but transformer\.h\.0\.mlp\.c_fc\.weight holds infinities or NaNs"
+    with pytest.raises(QuantizationError, match=expected):
         quantization.quantize_checkpoint(checkpoint, config("int8-weight-only"), tmp_path / "out")
+
+
+def test_activations_that_are_not_numbers(
+    modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "huge")
+    with changed(checkpoint) as tensors:
+        tensors["transformer.h.0.mlp.c_fc.weight"] *= np.float32(1e38)
+    with pytest.raises(QuantizationError, match="ModelOpt cannot calibrate this checkpoint: detected nan values"):
+        quantization.quantize_checkpoint(checkpoint, config("fp8"), tmp_path / "out")
+
+
+@contextlib.contextmanager
+def changed(checkpoint: Checkpoint) -> Iterator[dict[str, np.ndarray]]:
+    """A checkpoint's tensors, written back in the end."""
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    yield tensors
+    save_file(tensors, checkpoint.path / "model.safetensors")
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_channel": True, "per_token": True}], ids=["static", "dynamic"])
+@pytest.mark.parametrize("pruned", ["a feature", "all but one feature", "a layer", "nearly a feature"])
+def test_smoothquant_of_a_pruned_model(
+    modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path, pruned: str, settings: dict[str, bool]
+) -> None:
+    """Input features without weights can have any smoothing scale; ModelOpt alone ends in an IndexError."""
+    checkpoint = make_checkpoint(tmp_path / "pruned")
+    with changed(checkpoint) as tensors:
+        for layer in LINEARS:
+            weight = tensors[f"transformer.h.0.{layer}.weight"]  # (in, out)
+            if pruned == "a feature":
+                weight[5] = 0
+            elif pruned == "all but one feature":
+                weight[1:] = 0
+            elif pruned == "nearly a feature":
+                weight[5] *= np.float32(1e-25)
+            elif layer == "mlp.c_fc":
+                weight[:] = 0
+    chosen = config("int8-smoothquant", **settings)
+    quantization.quantize_checkpoint(checkpoint, chosen, tmp_path / "out")
+    model = quantization.load_torch_model(checkpoint.path)
+    exact = logits(model)
+    quantization.quantize_model(model, chosen, quantization.calibration_samples(checkpoint, chosen))
+    if pruned == "a feature":
+        assert not model.transformer.h[0].mlp.c_fc.weight[:, 5].any(), "it is pruned still"
+    assert relative_error(logits(model), exact) < 3e-2
+    assert relative_error(logits(reader(tmp_path / "out")), logits(model)) < 2e-2
+
+
+def test_a_layer_of_zeros_in_fp8(modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path) -> None:
+    """Weights and a cache: zero divided by a scale of zero would be stored as NaN."""
+    checkpoint = make_checkpoint(tmp_path / "zero")
+    with changed(checkpoint) as tensors:
+        tensors["transformer.h.0.mlp.c_fc.weight"][:] = 0
+        tensors["transformer.h.1.attn.c_attn.weight"][:, WIDTH:] = 0
+        tensors["transformer.h.1.attn.c_attn.bias"][WIDTH:] = 0
+    quantization.quantize_checkpoint(checkpoint, config("fp8", kv_cache_dtype="fp8"), tmp_path / "out")
+    tensors = read_tensors(tmp_path / "out")
+    assert not tensors["h.0.mlp.c_fc.weight"].astype(np.float32).any()
+    scales = ("h.0.mlp.c_fc.weight_scale", "h.1.attn.k_proj.k_scale", "h.1.attn.v_proj.v_scale")
+    assert [float(tensors[name]) for name in scales] == [1, 1, 1]
+
+
+def test_tensors_that_are_not_there(modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path) -> None:
+    """transformers would make them up."""
+    checkpoint = make_checkpoint(tmp_path / "part")
+    with changed(checkpoint) as tensors:
+        del tensors["transformer.h.1.mlp.c_fc.bias"]
+    with pytest.raises((QuantizationError, CheckpointError), match=r"h\.1\.mlp\.c_fc\.bias"):
+        quantization.quantize_checkpoint(checkpoint, config("int8-weight-only"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kilobytes", [1, 100])
+def test_a_full_disk_leaves_nothing(
+    modelopt: None,
+    tiny: Checkpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kilobytes: int,
+) -> None:
+    """Full at the configuration, which Python writes, and at the weights, which safetensors does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, hard))
+    try:
+        arguments = ["--model-type", str(tiny.path), "--quant-mode", "int8-weight-only"]
+        assert quantization.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.startswith(f"quantization.py: error: cannot write {tmp_path / 'out'}: ") and error.count("\n") == 1
+    assert "too large" in error
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(
         ({"n_head": 4}, "{} has n_head=2, but this run has n_head=4"),
         ({"block_size": 16}, "{} has block_size=32, but this run has block_size=16"),
         ({"bias": False}, "{} has bias=True, but this run has bias=False"),
+        ({"seed": 7}, "{} has seed=1337, but this run has seed=7"),
         ({"max_iters": 60}, "has done 60 steps; give a larger max_iters"),
     ],
 )
@@ -145,11 +147,142 @@ def test_a_run_is_not_resumed_from_something_else(
     assert "was trained on a dataset with another tokenizer" in error
     config = tiny_config(dataset, tmp_path / "out", init_from="resume")
     assert "out/ckpt.pt: No such file" in run(flags(config), capsys)
+    assert not (tmp_path / "out").exists(), "a resume makes no folder"
+    (tmp_path / "out").mkdir()
     for content, complaint in ((b"", "is damaged"), ((trained / "ckpt.pt").read_bytes()[:5000], "is damaged")):
         (tmp_path / "out" / "ckpt.pt").write_bytes(content)
         assert complaint in run(flags(config), capsys)
     torch.save({"step": 3}, tmp_path / "out" / "ckpt.pt")
     assert "ckpt.pt lacks architecture, averaged, batches, best" in run(flags(config), capsys)
+
+
+SETTINGS: dict[str, object] = {
+    **{"dropout": 0.0, "attn_dropout": 0.3, "batch_size": 4, "gradient_accumulation_steps": 2, "short_block_size": 16},
+    **{"short_share": 0.0, "bpe_dropout": 0.0, "learning_rate": 1e-3, "decay_lr": False, "lr_decay_iters": 1000},
+    **{"min_lr": 9e-3, "warmup_iters": 50, "beta1": 0.5, "beta2": 0.5, "weight_decay": 5.0, "grad_clip": 0.01},
+    **{"ema_decay": 0.1, "max_iters": 40},
+}
+
+
+@pytest.fixture(scope="module")
+def begun(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A copy of the folder of a run of 20 steps, of which every test may make what it likes."""
+    first = tmp_path_factory.mktemp("begun") / "first"
+    train.train(tiny_config(dataset, first, max_iters=20, eval_interval=10))
+
+    def copy() -> Path:
+        folder = tmp_path_factory.mktemp("begun") / "out"
+        shutil.copytree(first, folder)
+        return folder
+
+    return copy
+
+
+def resumed_weights(dataset: Path, folder: Path, **changes: object) -> torch.Tensor:
+    """The weights after four more steps."""
+    run = train.Run(
+        tiny_config(dataset, folder, **{"init_from": "resume", "max_iters": 60, **changes}),
+        load_dataset(dataset, 32),
+        train.find_processes(),
+        torch.device("cpu"),
+        torch.float32,
+    )
+    for _ in range(4):
+        run.take_step(run.model)
+        run.step += 1
+    return torch.cat([parameter.detach().flatten() for parameter in run.saved_model.parameters()])
+
+
+def test_every_setting_of_a_resume_counts(dataset: Path, begun: Callable[..., Path]) -> None:
+    """Each that is not refused when it differs: the weights are others, and not those of a run without a change."""
+    folder = begun()
+    as_before = resumed_weights(dataset, folder)
+    assert torch.equal(as_before, resumed_weights(dataset, folder))
+    for name, value in SETTINGS.items():
+        assert not torch.equal(as_before, resumed_weights(dataset, folder, **{name: value})), name
+
+
+def test_what_a_resume_turns_on(dataset: Path, tmp_path: Path) -> None:
+    """A moving average, BPE-dropout, a matrix type that scales its gradients: the run had none of them so far."""
+    plain = tiny_config(dataset, tmp_path, max_iters=6, eval_interval=3, ema_decay=0.0, bpe_dropout=0.0)
+    train.train(plain)
+    without = resumed_weights(dataset, tmp_path, ema_decay=0.0, bpe_dropout=0.0)
+    assert not torch.equal(without, resumed_weights(dataset, tmp_path, ema_decay=0.9, bpe_dropout=0.0))
+    assert not torch.equal(without, resumed_weights(dataset, tmp_path, ema_decay=0.0, bpe_dropout=0.5))
+    train.train(dataclasses.replace(plain, init_from="resume", max_iters=9, dtype="float16"))
+
+
+def test_losses_on_another_text_are_not_compared(dataset: Path, begun: Callable[..., Path], tmp_path: Path) -> None:
+    """The same tokenizer, another dataset: the best loss so far says nothing."""
+    folder = begun()
+    shutil.copytree(dataset, tmp_path / "data")
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save({**state, "best": 0.0}, folder / "ckpt.pt")
+    config = tiny_config(tmp_path / "data", folder, init_from="resume", max_iters=21)
+    assert train.train(config) == 0.0
+    val = np.fromfile(tmp_path / "data" / "val.bin", "<u2")
+    val[::-1].tofile(tmp_path / "data" / "val.bin")
+    assert train.train(dataclasses.replace(config, max_iters=22)) > 0
+
+
+def damage_value(*path: Any, to: Any = None) -> Callable[[dict[str, Any]], None]:
+    """Puts something else in a place of the state; without `to` there is nothing in it."""
+
+    def damage(state: dict[str, Any]) -> None:
+        place: Any = state
+        for key in path[:-1]:
+            place = place[key]
+        if to is None:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = to(place[path[-1]]) if callable(to) else to
+
+    return damage
+
+
+WTE = "transformer.wte.weight"
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "step": (damage_value("step", to=-1), "step"),
+    "best": (damage_value("best", to=math.nan), "best"),
+    "config": (damage_value("config", "seed"), "config.seed"),
+    "config of another type": (damage_value("config", to=[1]), "config"),
+    "history": (damage_value("history", to=[(1, 2.0)]), "history"),
+    "layers": (damage_value("architecture", "n_layer", to=10**9), "architecture.n_layer"),
+    "vocabulary": (damage_value("architecture", "vocab_size", to=7), "architecture.vocab_size"),
+    "activation": (damage_value("architecture", "activation_function", to="none"), "architecture"),
+    "epsilon": (damage_value("architecture", "layer_norm_epsilon", to="x"), "architecture.layer_norm_epsilon"),
+    "no weight": (damage_value("model", "transformer.ln_f.weight"), "model.transformer.ln_f.weight"),
+    "another weight": (damage_value("model", "x", to=3), "model.x"),
+    "shape": (damage_value("model", "transformer.ln_f.bias", to=lambda t: t[:3]), "model.transformer.ln_f.bias"),
+    "type": (damage_value("model", WTE, to=lambda t: t.double()), f"model.{WTE}"),
+    "sparse": (damage_value("model", WTE, to=lambda t: t.to_sparse()), f"model.{WTE}"),
+    "NaN": (damage_value("model", "transformer.ln_f.bias", to=lambda t: t / 0 * 0), "holds infinities or NaNs"),
+    "average": (damage_value("averaged", "n_averaged"), "averaged.n_averaged"),
+    "groups": (damage_value("optimizer", "param_groups", to=lambda g: g * 2), "optimizer.param_groups"),
+    "other groups": (damage_value("optimizer", "param_groups", 0, "params", to=[0]), "optimizer.param_groups"),
+    "moments": (damage_value("optimizer", "state", 0), "optimizer.state"),
+    "moment": (damage_value("optimizer", "state", 0, "exp_avg", to=torch.zeros(2)), "optimizer.state.0.exp_avg"),
+    "negative": (damage_value("optimizer", "state", 0, "exp_avg_sq", to=lambda t: -t - 1), "is negative"),
+    "scaler": (damage_value("scaler", to={"scale": 1.0}), "scaler.growth_factor"),
+    "generator": (damage_value("batches", "rng", "buffer_pos", to=99), "batches"),
+    "no batches": (damage_value("batches", to={}), "batches"),
+    "random": (damage_value("random", 0, "cpu", to=lambda t: t[:9]), "random"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state_is_a_line(
+    name: str, dataset: Path, begun: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None of these may be unpickled into a traceback, or into a run that goes on with something else."""
+    folder = begun()
+    damage, complaint = DAMAGES[name]
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    damage(state)
+    torch.save(state, folder / "ckpt.pt")
+    capsys.readouterr()
+    error = run(flags(tiny_config(dataset, folder), init_from="resume"), capsys)
+    assert f"cannot resume: {folder / 'ckpt.pt'} is damaged (" in error and complaint in error
 
 
 # ---- finetuning ------------------------------------------------------------------------------------------------------

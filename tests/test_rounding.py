@@ -173,6 +173,38 @@ def test_an_odd_group_runs_too(tmp_path: Path) -> None:
     assert relative_error(stateless_logits(gpt, idx), torch_logits(tmp_path / "folder", idx)) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({"width": 32, "inner": 101}, {"method": "rtn", "bits": 4}),  # a block of 1
+        (
+            {"width": 33, "inner": 99, "heads": 3},
+            {"method": "gptq", "bits": 3, "group_size": 33, "quant_lm_head": True},
+        ),
+        ({"width": 33, "inner": 132, "heads": 3, "tied": False}, {"method": "rtn", "bits": 3, "quant_lm_head": True}),
+    ],
+    ids=str,
+)
+def test_odd_numbers_of_output_features(tmp_path: Path, shape: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The exporter packs rows in pairs: what is read is what the calibrated torch model computes, biases and all."""
+    pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
+    checkpoint = make_checkpoint(tmp_path / "float", **shape)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = QuantizationConfig(**settings, calib_data=str(tmp_path / "text.txt"), calib_size=4)
+    quantization.quantize_checkpoint(checkpoint, config, tmp_path / "folder")
+    tensors = read_tensors(tmp_path / "folder")
+    assert tensors["h.1.mlp.c_fc.bias"].shape == (shape["inner"],)
+    assert tensors["h.1.mlp.c_fc.weight"].shape == ((shape["inner"] + 1) // 2, shape["width"])
+    model = quantization.load_torch_model(checkpoint.path)
+    quantization.quantize_model(model, config, quantization.calibration_samples(checkpoint, config))
+    idx = np.random.default_rng(1).integers(0, 256, (1, 40)).astype(np.int32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(idx.astype(np.int64)), use_cache=False).logits.numpy()
+    quantized = open_checkpoint(tmp_path / "folder")
+    gpt = load_model(quantized, config_of(quantized, "float32"))
+    assert relative_error(stateless_logits(gpt, idx), expected) <= 1e-5
+
+
 # --- what it is for ---------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,14 @@ def test_every_config_of_the_project_is_valid(path: Path) -> None:
         (["--eval_iters=-1"], "eval_iters must be at least 0, not -1"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, not 1.0"),
         (["--n_head=3"], "n_embd=256 must be a multiple of n_head=3"),
+        (["--threads=1099511627776"], "threads must be at most 1024, not 1099511627776"),
+        (["--n_layer=2000000000"], "n_layer must be at most 1024, not 2000000000"),
+        ([f"--seed={1 << 64}"], f"seed must be below {1 << 63}, not {1 << 64}"),
+        ([f"--max_iters={10**30}"], f"max_iters must be below {1 << 63}, not {10**30}"),
+        ([f"--learning_rate={10**400}"], "learning_rate must be of type float, not 1"),
+        (["--learning_rate=1e400"], "learning_rate must be a finite number, not inf"),
+        (["--weight_decay=-0.1"], "weight_decay must be at least 0, not -0.1"),
+        (["--grad_clip=-1"], "grad_clip must be at least 0, not -1"),
         (["--short_share=0.5"], "short_block_size must be 1 to block_size=256, not 0"),
         (["no_such_config.py"], "cannot read the config file no_such_config.py"),
         (["--dataset=/no/such/folder"], "/no/such/folder/meta.json: No such file or directory; run prepare.py first"),
@@ -164,6 +172,14 @@ def test_batches_are_windows_of_the_text_short_ones_first(dataset: Path) -> None
         text = data.train.tobytes()
         assert all(row.numpy().astype("<u2").tobytes() in text for row in batch.targets)
     assert shapes == [(32, 8), (32, 8), (8, 32), (8, 32)]
+
+
+@pytest.mark.parametrize("changes", [{"n_embd": 1 << 24}, {"batch_size": 1 << 40}], ids=str)
+def test_what_no_memory_holds(
+    changes: dict[str, int], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.asdict(tiny_config(dataset, tmp_path)) | changes
+    assert "GiB of memory, but this machine has" in run([f"--{key}={value}" for key, value in settings.items()], capsys)
 
 
 @pytest.mark.parametrize("bpe_dropout", [0.0, 0.1])

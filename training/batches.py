@@ -192,6 +192,9 @@ class Batches:
             self._rng.bit_generator.state = _arrays(state["epoch_began"])
             self._recut = self._regularizer.epoch(self._rng)
         self._rng.bit_generator.state = _arrays(state["rng"])
+        if self._regularizer and state["epoch_began"] is None:  # the run had no BPE-dropout so far
+            self._epoch_began = state["rng"]
+            self._recut = self._regularizer.epoch(self._rng)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

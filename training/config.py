@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from command_line import UsageError
+
+LARGEST = 1 << 63  # of whole numbers
+MOST = 1024  # layers, threads
 
 
 @dataclass(frozen=True)
@@ -105,16 +109,24 @@ def make_config(overrides: dict[str, Any]) -> TrainConfig:
         if key not in fields:
             raise UsageError(f"unknown key {key!r}; the keys are {', '.join(fields)}")
         wanted = type(fields[key].default)
-        if wanted is float and type(value) is int:
+        if wanted is float and type(value) is int and abs(value) < LARGEST:
             overrides[key] = value = float(value)
         if type(value) is not wanted:
             raise UsageError(f"{key} must be of type {wanted.__name__}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key} must be a finite number, not {value}")
+        if isinstance(value, int) and value >= LARGEST:
+            raise UsageError(f"{key} must be below {LARGEST}, not {value}")
     config = TrainConfig(**overrides)
     counts = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
     for key in (*counts, "max_iters", "eval_interval"):
         if getattr(config, key) < 1:
             raise UsageError(f"{key} must be at least 1, not {getattr(config, key)}")
-    for key in ("lr_decay_iters", "warmup_iters", "eval_iters", "threads", "seed"):
+    for key in ("n_layer", "threads"):
+        if getattr(config, key) > MOST:
+            raise UsageError(f"{key} must be at most {MOST}, not {getattr(config, key)}")
+    at_least_0 = ("learning_rate", "min_lr", "weight_decay", "grad_clip", "short_block_size")
+    for key in ("lr_decay_iters", "warmup_iters", "eval_iters", "threads", "seed", *at_least_0):
         if getattr(config, key) < 0:
             raise UsageError(f"{key} must be at least 0, not {getattr(config, key)}")
     for key in ("dropout", "attn_dropout", "bpe_dropout", "short_share", "beta1", "beta2", "ema_decay"):

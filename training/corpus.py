@@ -96,7 +96,13 @@ def _run(corpus: Corpus, argv: list[str] | None) -> None:
     if kind != "bpe" and vocab_size is not None:
         raise UsageError("--vocab-size is for --tokenizer bpe; others are as large as they are")
     text = read_text(options.input) if options.input or corpus.fetch is None else corpus.fetch()
-    meta = prepare(corpus.clean(text), options.output_dir, kind, vocab_size or DEFAULT_BPE_VOCAB, corpus.has_test)
+    meta = prepare(
+        corpus.clean(text),
+        options.output_dir,
+        kind,
+        DEFAULT_BPE_VOCAB if vocab_size is None else vocab_size,
+        corpus.has_test,
+    )
     print(f"{options.output_dir}: a vocabulary of {meta['vocab_size']:,}")
     for name in ("train", "val", "test"):
         print(f"{name}: {meta[f'{name}_chars']:,} characters, {meta[f'{name}_tokens']:,} tokens")

@@ -56,7 +56,10 @@ class TrainingLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError(f"--tensorboard=True needs TensorBoard ({error}): pip install tensorboard") from None
-        writer = SummaryWriter(self._folder / "tensorboard")
+        try:
+            writer = SummaryWriter(self._folder / "tensorboard")
+        except Exception as error:  # TensorBoard's own and the operating system's
+            raise UsageError(f"cannot log to TensorBoard: {_first_line(error)}") from None
 
         def log(step: int, values: dict[str, float]) -> None:
             for name, value in values.items():
@@ -76,7 +79,7 @@ class TrainingLog:
                 project=config.wandb_project, name=config.wandb_run_name or None, config=dataclasses.asdict(config)
             )
         except Exception as error:  # no account, no network: whatever it raises is for the user to put right
-            raise UsageError(f"cannot log to Weights & Biases: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"cannot log to Weights & Biases: {_first_line(error)}") from None
         self._trackers.append(lambda step, values: run.log(values, step=step))
         self._closers.append(run.finish)
 
@@ -95,7 +98,10 @@ class TrainingLog:
             "tokens_per_second": e.tokens_per_second,
         }
         for track in self._trackers:
-            track(e.step, values)
+            try:
+                track(e.step, values)
+            except Exception as error:  # a full disk, a network that has gone: whatever a tracker makes of it
+                raise UsageError(f"cannot log step {e.step}: {_first_line(error)}") from None
         if self._plot:
             self._draw()
 
@@ -119,6 +125,10 @@ class TrainingLog:
     def close(self) -> None:
         for close in self._closers:
             close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def say(message: str) -> None:

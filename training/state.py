@@ -41,7 +41,10 @@ def _written_together(folder: Path) -> Iterator[Path]:
             os.replace(file, folder / file.name)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
-    except SafetensorError as error:
+    except Exception as error:
+        # Of safetensors, tokenizers and torch, each has its own for a disk that is full, and nothing narrower.
+        if not isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise
         raise UsageError(f"cannot write to {folder}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

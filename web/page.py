@@ -15,6 +15,7 @@ import gradio as gr
 from command_line import UsageError, report
 from evaluation.facts import Facts
 from web.cards import STYLE, cards, line
+from web.proxies import no_proxies
 from web.side_by_side import Comparison
 
 PROMPT = "What is the answer to life, the universe, and everything?"
@@ -89,20 +90,22 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> None:
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO)
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
     try:
-        blocks.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            mcp_server=False,
-            theme=theme,
-            css=STYLE,
-            footer_links=[],
-        )
-    except OSError as error:
-        raise UsageError(f"cannot serve at {host}:{port}: {error}") from None
+        with no_proxies():
+            blocks.launch(
+                server_name=host,
+                server_port=port,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                ssr_mode=False,
+                mcp_server=False,
+                theme=theme,
+                css=STYLE,
+                footer_links=[],
+            )
+    except Exception as error:  # of Gradio, httpx or the operating system
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"cannot serve at {host}:{port}: {reason}") from None
     reached = "localhost" if host in ("0.0.0.0", "::", "") else host
     report(f"the page is at http://{f'[{reached}]' if ':' in reached else reached}:{port} (Ctrl-C ends it)")
     try:

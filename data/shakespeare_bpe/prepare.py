@@ -8,6 +8,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 from training.corpus import Corpus, download_text, main
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -11,6 +11,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 from tqdm import tqdm
 
 from training.corpus import END_OF_TEXT, Corpus, UsageError, main

@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where training/ lies
 
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
 from training.corpus import Corpus, download_text, main
 
 URL = "https://www.gutenberg.org/cache/epub/55/pg55.txt"

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+MAX_THREADS = 1024  # far more than any machine has cores; the system would refuse or choke somewhere above
+
 
 @functools.cache
 def load() -> Any | None:
@@ -22,8 +24,8 @@ def load() -> Any | None:
         return None
     threads = os.environ.get("NVTRIPY_PORTABLE_THREADS")
     if threads:
-        if not threads.isdecimal() or int(threads) < 1:
-            raise ValueError(f"expected NVTRIPY_PORTABLE_THREADS to be at least 1 but got {threads!r}")
+        if not threads.isdecimal() or not 1 <= int(threads[:20]) <= MAX_THREADS:
+            raise ValueError(f"expected NVTRIPY_PORTABLE_THREADS to be 1 to {MAX_THREADS} but got {threads[:20]!r}")
         _native.set_threads(int(threads))
     return _native
 
