@@ -177,7 +177,7 @@ class Bench:
         if self._options.json is not None:
             shapes = dict.fromkeys(record.shape for record in self.run.records)
             ratios = {s: report.ratios([r for r in self.run.records if r.shape == s]) for s in shapes}
-            self._options.json.write_text(json.dumps({**asdict(self.run), "ratios": ratios}, indent=1) + "\n")
+            _write(self._options.json, json.dumps({**asdict(self.run), "ratios": ratios}, indent=1) + "\n")
 
     def _is_installed(self, name: str) -> bool:
         module = peers.missing(name)
@@ -320,6 +320,18 @@ class Bench:
                     self._leave_out(record, error)
                     records.remove(record)
         self.run.records += records
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside its place first, so that it is never half-written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _note(record: Record, turn: Turn, responses: list[list[float]]) -> None:

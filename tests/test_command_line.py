@@ -111,7 +111,7 @@ PROGRAMS = ("example.py", "evaluate.py", "demo.py", "quantization.py", "train.py
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_ctrl_c_in_the_first_imports(program: str) -> None:
     """At any moment after the first import of ours: no traceback, and 130, which at the very end is the signal."""
-    delays = [0.0, *np.random.default_rng().uniform(0.0, 0.5, 3)]
+    delays = [0.0, *np.random.default_rng(0).uniform(0.0, 0.5, 3)]
     for delay in delays:
         command = [sys.executable, "-X", "importtime", program, "--help"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
