@@ -40,7 +40,7 @@ import numpy as np
 import command_line
 import compression
 from command_line import EMBEDDED_CHECKPOINT
-from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
+from weight_loader import GENERATION_FILE, TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     import gptq
@@ -377,6 +377,7 @@ def load_torch_model(folder: Path) -> Any:
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
     model.config.architectures = ["GPT2LMHeadModel"]  # the exporter reads it, and old checkpoints lack it
+    model.generation_config = transformers.GenerationConfig()  # the exporter refuses some that others wrote
     return model.eval()
 
 
@@ -658,7 +659,8 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         model = load_torch_model(checkpoint.path)
         quantize_model(model, config, samples)
         export(model, partial, config)
-        for file in TOKENIZER_FILES:
+        (partial / GENERATION_FILE).unlink(missing_ok=True)  # transformers' idea of it: the checkpoint's own counts
+        for file in (*TOKENIZER_FILES, GENERATION_FILE):
             if (checkpoint.path / file).is_file():
                 shutil.copyfile(checkpoint.path / file, partial / file)
         for path in (partial, *partial.iterdir()):  # mkdtemp and safetensors make them for their owner alone
@@ -756,7 +758,8 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     add(_read_bytes(REQUIREMENTS))  # ModelOpt's version, without importing it
     for source in (Path(__file__), *([ROOT / "gptq.py"] if config.method != "modelopt" else [])):
         add(_read_bytes(source))
-    for file in TOKENIZER_FILES:
+    add(repr(checkpoint.config.eos_token_ids).encode())
+    for file in (*TOKENIZER_FILES, GENERATION_FILE):
         if (checkpoint.path / file).is_file():
             add(file.encode())
             add(_read_bytes(checkpoint.path / file))

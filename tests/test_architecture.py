@@ -48,6 +48,7 @@ PROGRAMS = (
     "compression",
     "tokenizer",
     "weight_loader",
+    "conversion",
     "modelopt_layout",
     "model",
     "picture",
@@ -60,7 +61,7 @@ TRAINING = ("train", "training.log", "training.state", "training.batches", "trai
 SURFACE = {
     "nvtripy_portable.engine_file",
     "nvtripy_portable.decoder.Decoder",
-    "nvtripy_portable.sampling.draw",
+    "nvtripy_portable.sampling",
 }
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
 LOOKS_INSIDE = ("evaluate", "evaluation.speed", "evaluation.weights")
