@@ -116,7 +116,7 @@ def prepare(variant: Variant, checkpoint: Checkpoint, tokens: Tokens) -> tuple[M
     except tp.TripyException as error:
         raise UsageError(f"variant {variant.name} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
-    return Model(variant.name, engine, tokenizer, checkpoint.config.eos_token_id), facts
+    return Model(variant.name, engine, tokenizer, checkpoint.config.eos_token_ids), facts
 
 
 def run(options: argparse.Namespace) -> None:

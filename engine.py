@@ -96,7 +96,11 @@ def _to_host(tensor: tp.Tensor) -> np.ndarray:
 def config_of(checkpoint: Checkpoint, dtype: str) -> GPTConfig:
     """The model's configuration for a checkpoint, computed in ``dtype``."""
     names = GPTConfig.__dataclass_fields__
-    return GPTConfig(**{name: value for name, value in asdict(checkpoint.config).items() if name in names}, dtype=dtype)
+    return GPTConfig(
+        **{name: value for name, value in asdict(checkpoint.config).items() if name in names},
+        dtype=dtype,
+        float32_scales=checkpoint.needs_float32_scales(dtype),
+    )
 
 
 @stderr_kept()

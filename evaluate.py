@@ -41,6 +41,7 @@ from evaluation.table import FORMATS, Result, Settings
 from evaluation.text import Tokens, encode, read_text
 from evaluation.variants import Variant, add_variants_argument, open_available, open_variants, parse_variant
 from evaluation.weights import compiled_weight_bytes, stored_weight_bytes
+from generation import LogitsError
 from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
@@ -143,7 +144,8 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, tokens: Tokens, settings:
 
     Raises:
         CheckpointError: its weights cannot be loaded.
-        UsageError: nvtripy cannot compile it, or the environment asks for what the runtime does not have.
+        UsageError: nvtripy cannot compile it, what it computes are no numbers, or the environment asks for what the
+            runtime does not have.
     """
     import nvtripy as tp
 
@@ -169,6 +171,8 @@ def evaluate(variant: Variant, checkpoint: Checkpoint, tokens: Tokens, settings:
         raise UsageError(str(error)) from None
     except tp.TripyException as error:
         raise UsageError(f"variant {variant.name} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
+    except LogitsError as error:
+        raise UsageError(f"variant {variant.name}: {error}") from None
     return Result(
         variant=variant.name,
         dtype=variant.dtype,

@@ -18,7 +18,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -206,7 +206,7 @@ def respond(
     tokenizer: Tokenizer,
     jobs: Sequence[Job],
     options: argparse.Namespace,
-    eos_id: int | None,
+    eos_ids: Collection[int],
     timing: Timing,
 ) -> Iterator[tuple[int, str]]:
     """Generates for up to ``engine.batch`` jobs together.
@@ -214,7 +214,7 @@ def respond(
     Yields:
         (index of the job, text): the responses in pieces, as soon as they are certain.
     """
-    responses = [Response(tokenizer, options.stop, eos_id) for _ in jobs]
+    responses = [Response(tokenizer, options.stop, eos_ids) for _ in jobs]
     samplers = [
         generation.Sampler(options.seed, job.sample, options.temperature, options.top_k or None, options.top_p)
         for job in jobs
@@ -260,13 +260,13 @@ def run(options: argparse.Namespace) -> None:
         engine = open_engine(checkpoint, options.dtype, batch, options.engine_dir, report)
     except EngineError as error:
         raise UsageError(str(error)) from None
-    eos_id = checkpoint.config.eos_token_id
+    eos_ids = checkpoint.config.eos_token_ids
     del checkpoint
     timing.compiled = time.perf_counter()
 
     is_first = True
     while group := list(itertools.islice(jobs, batch)):
-        pieces = respond(engine, tokenizer, group, options, eos_id, timing)
+        pieces = respond(engine, tokenizer, group, options, eos_ids, timing)
         if not is_first:
             print(SEPARATOR)
         is_first = False
@@ -291,7 +291,9 @@ def _ignore(message: str) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    return command_line.main("example.py", lambda: run(parse_arguments()), CheckpointError, QuantizationError)
+    return command_line.main(
+        "example.py", lambda: run(parse_arguments()), CheckpointError, QuantizationError, generation.LogitsError
+    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,26 @@ the logits, the seed and the sample's number alone, not on the machine, the batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from nvtripy_portable.sampling import draw
+from nvtripy_portable import sampling
 
 MAX_SEED = (1 << 64) - 1
+
+
+class LogitsError(Exception):
+    """A model's logits give no probabilities. The text is one line, ready to be shown to the user."""
+
+    @staticmethod
+    def because(reason: object) -> LogitsError:
+        return LogitsError(
+            f"the model's numbers are not finite ({reason}): something overflowed on the way; a data type of a larger "
+            "range, bfloat16 or float32, may hold it"
+        )
 
 
 class CachedModel(Protocol):
@@ -64,11 +76,21 @@ class Sampler:
         self._uniforms = _uniforms(np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64))))
 
     def __call__(self, logits: np.ndarray) -> int:
-        """A token id from logits (V,)."""
-        if self._temperature == 0.0:
-            return int(np.argmax(logits))
-        top_k = None if self._top_k is None else min(self._top_k, len(logits))
-        return draw(logits, next(self._uniforms), self._temperature, top_k, self._top_p)
+        """A token id from logits (V,), of which minus infinity is a probability of zero.
+
+        Raises:
+            LogitsError: one of them is NaN or infinity, or all are minus infinity.
+        """
+        try:
+            if self._temperature == 0.0:
+                token = int(np.argmax(logits))  # of NaN, if there is one
+                if not math.isfinite(logits[token]):
+                    sampling.check(logits)
+                return token
+            top_k = None if self._top_k is None else min(self._top_k, len(logits))
+            return sampling.draw(logits, next(self._uniforms), self._temperature, top_k, self._top_p)
+        except ValueError as error:
+            raise LogitsError.because(error) from None
 
 
 def _uniforms(random: np.random.Generator) -> Iterator[float]:
@@ -99,6 +121,7 @@ def generate(
         (row, token) for every row that is not done. Nothing is computed for a step whose tokens nobody asks for.
 
     Raises:
+        LogitsError: by a sampler.
         ValueError: no prompt, too many, an empty one, or one longer than the context.
     """
     if not 1 <= len(prompts) <= model.batch:

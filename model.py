@@ -40,6 +40,8 @@ class GPTConfig:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True  # by 1 / sqrt(head size)
+    scale_attn_by_inverse_layer_idx: bool = False  # by 1 / (number of the layer, from 1), too
     dtype: str = "float16"  # of everything but LayerNorm: float16, bfloat16 or float32
     quant_mode: str | None = None  # how linear layers are quantized: one of QUANT_MODES
     quant_lm_head: bool = False  # the head, too: as HEAD_MODES says
@@ -49,6 +51,7 @@ class GPTConfig:
     per_token: bool = False  # int8-smoothquant: activations scaled token by token as they come, or by calibration
     kv_cache_dtype: str | None = None  # int8 or fp8; None: as ``dtype``
     block_size: int = 128  # int4-weight-only: input features that share a scale
+    float32_scales: bool = False  # scales, and what they scale, in float32: some are too small for float16
     pre_quant_scale: bool = True  # int4-weight-only: inputs are multiplied by AWQ's scales first
 
     def __post_init__(self) -> None:
@@ -96,6 +99,11 @@ class GPTConfig:
         return DTYPES[self.dtype]
 
     @property
+    def scale_dtype(self) -> tp.dtype:
+        """The type of scales, and of what is multiplied by them."""
+        return tp.float32 if self.float32_scales else self.tripy_dtype
+
+    @property
     def inner_size(self) -> int:
         """Width of the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
@@ -125,6 +133,11 @@ class GPTConfig:
     def embedding_is_head(self) -> bool:
         """Whether the token embedding has no weight of its own but reads the rows of the head's."""
         return self.tie_word_embeddings and self.quant_embedding
+
+    def score_scale(self, layer: int) -> float:
+        """What the attention scores of a layer are multiplied by."""
+        scale = 1.0 / math.sqrt(self.head_size) if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
         """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, H, C, D), keys before values."""
@@ -191,7 +204,7 @@ class GPT(tp.Module):
         if not config.embedding_is_head:
             self.wte = embedding(config.vocab_size, config, config.quant_embedding)
         self.wpe = embedding(config.n_positions, config, config.quant_position_embedding)
-        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.h = [Block(config, layer) for layer in range(config.n_layer)]
         self.ln_f = LayerNorm(config)
         if not config.head_is_embedding:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config, config.head_mode, bias=False)
@@ -253,10 +266,10 @@ class GPT(tp.Module):
 class Block(tp.Module):
     """Attention and MLP, each on the normalized residual stream (pre-LN)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
@@ -281,9 +294,10 @@ class LayerNorm(tp.LayerNorm):
 class CausalSelfAttention(tp.Module):
     """Multi-head attention over the positions that each token may see."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.head_size, self.n_embd = config.n_head, config.head_size, config.n_embd
+        self.score_scale, self.scale_dtype = config.score_scale(layer), config.scale_dtype
         self.cache_rounding = CACHE_DTYPES.get(config.kv_cache_dtype or "")
         if self.cache_rounding is not None:
             self.k_scale, self.v_scale = scalar_parameter(config), scalar_parameter(config)
@@ -297,17 +311,18 @@ class CausalSelfAttention(tp.Module):
         q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)  # (B, H, T, D)
         if self.cache_rounding is not None:
             # Rounded to what the cache can hold, and not yet scaled back: the cache holds these numbers.
-            k = tp.cast(tp.quantize(k, self.k_scale, self.cache_rounding), k.dtype)
-            v = tp.cast(tp.quantize(v, self.v_scale, self.cache_rounding), v.dtype)
+            k = tp.cast(tp.quantize(to(k, self.scale_dtype), self.k_scale, self.cache_rounding), x.dtype)
+            v = tp.cast(tp.quantize(to(v, self.scale_dtype), self.v_scale, self.cache_rounding), x.dtype)
         if cache is not None and update is not None:
             k, v = update(cache[0], k), update(cache[1], v)  # (B, H, C, D)
             cache = tp.stack([k, v])
         if self.cache_rounding is not None:
+            q, k, v = (to(each, self.scale_dtype) for each in (q, k, v))
             k, v = k * self.k_scale, v * self.v_scale
         # Scaled before the product, which keeps float16 scores within range.
-        scores = (q * (1.0 / math.sqrt(self.head_size))) @ tp.transpose(k, 2, 3)  # (B, H, T, C)
+        scores = (q * self.score_scale) @ tp.transpose(k, 2, 3)  # (B, H, T, C)
         weights = tp.softmax(tp.where(visible, scores, -math.inf), dim=3)
-        y = tp.reshape(tp.permute(weights @ v, (0, 2, 1, 3)), x.shape)  # (B, T, E)
+        y = tp.reshape(tp.permute(to(weights @ v, x.dtype), (0, 2, 1, 3)), x.shape)  # (B, T, E)
         return self.c_proj(y), cache
 
     def split_heads(self, x: tp.Tensor) -> tp.Tensor:
@@ -357,7 +372,7 @@ class MLP(tp.Module):
 class Linear(tp.Module):
     """A linear layer whose weight, and maybe input, is quantized as ``mode`` says.
 
-    Scales are constants, as nvtripy wants them, in the model's type:
+    Scales are constants, as nvtripy wants them, in ``config.scale_dtype``, as are the weights that they scale:
 
     - ``weight_scale``: (out_features,), (in_features / config.block_size, out_features) or a scalar, by the mode.
     - ``input_scale``: a scalar, where activations are quantized and not token by token.
@@ -372,6 +387,7 @@ class Linear(tp.Module):
     ) -> None:
         super().__init__()
         self.dtype = config.tripy_dtype
+        self.scale_dtype = self.dtype if mode is None else config.scale_dtype
         self.mode = mode
         self.has_blocks = mode is not None and mode.scales == "block"
         self.out_features = out_features
@@ -382,34 +398,37 @@ class Linear(tp.Module):
         self.weight, self.bias = plain.weight, plain.bias
         if mode is None:
             return
+        rows, width = out_features, in_features
         if self.has_blocks:
-            columns = out_features + int(self.is_padded)
-            self.weight = tp.Linear(columns, in_features, bias=False, dtype=self.dtype).weight
+            rows, width = in_features, out_features + int(self.is_padded)
+        self.weight = tp.Linear(width, rows, bias=False, dtype=self.scale_dtype).weight
+        if self.has_blocks:
             blocks = in_features // config.block_size
-            self.weight_scale = tp.Linear(columns, blocks, bias=False, dtype=self.dtype).weight
+            self.weight_scale = tp.Linear(width, blocks, bias=False, dtype=self.scale_dtype).weight
         elif mode.scales == "channel" and (config.per_channel or not mode.quantizes_input):
-            self.weight_scale = tp.Linear(1, out_features, dtype=self.dtype).bias
+            self.weight_scale = tp.Linear(1, out_features, dtype=self.scale_dtype).bias
         else:
             self.weight_scale = scalar_parameter(config)
         if mode.quantizes_input and not self.per_token:
             self.input_scale = scalar_parameter(config)
         if mode.scales_input:
-            self.pre_quant_scale = tp.Linear(1, in_features, dtype=self.dtype).bias
+            self.pre_quant_scale = tp.Linear(1, in_features, dtype=self.scale_dtype).bias
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
         """(..., in_features) → (..., out_features)."""
+        x = to(x, self.scale_dtype)
         if self.mode is not None and self.mode.scales_input:
             x = x * self.pre_quant_scale
         if self.mode is not None and self.mode.quantizes_input:
             x = self.round_input(x, self.mode.weight)
         weight = self.rounded_weight()
-        y = x @ (weight if self.has_blocks else tp.transpose(weight, 0, 1))
+        y = to(x @ (weight if self.has_blocks else tp.transpose(weight, 0, 1)), self.dtype)
         return y if self.bias is None else y + self.bias
 
     def rows(self, idx: tp.Tensor) -> tp.Tensor:
         """The weight's rows at ``idx``: the layer as an embedding, (...) → (..., in_features)."""
         weight = self.rounded_weight()
-        return tp.gather(tp.transpose(weight, 0, 1) if self.has_blocks else weight, 0, idx)
+        return to(tp.gather(tp.transpose(weight, 0, 1) if self.has_blocks else weight, 0, idx), self.dtype)
 
     def rounded_weight(self) -> tp.Tensor:
         """What is left of the weight after quantization, (out_features, in_features), or transposed in blocks."""
@@ -417,17 +436,17 @@ class Linear(tp.Module):
             return self.weight
         dim = 0 if self.weight_scale.rank == 1 else None
         quantized = tp.quantize(self.weight, self.weight_scale, self.mode.weight, dim)
-        rounded = tp.dequantize(quantized, self.weight_scale, self.dtype, dim)
+        rounded = tp.dequantize(quantized, self.weight_scale, self.scale_dtype, dim)
         return rounded[:, : self.out_features] if self.is_padded else rounded
 
     def round_input(self, x: tp.Tensor, dtype: tp.dtype) -> tp.Tensor:
         """What is left of activations that go through ``dtype``."""
         if not self.per_token:
-            return tp.dequantize(tp.quantize(x, self.input_scale, dtype), self.input_scale, self.dtype)
+            return tp.dequantize(tp.quantize(x, self.input_scale, dtype), self.input_scale, self.scale_dtype)
         # nvtripy takes constant scales only: scaled by hand, then rounded at a scale of one, which it takes in float32.
         wide = tp.cast(x, tp.float32)
         scale = tp.maximum(tp.max(abs(wide), dim=-1, keepdim=True) / 127.0, 1e-6)
-        return tp.cast(tp.cast(tp.quantize(wide / scale, 1.0, dtype), tp.float32) * scale, self.dtype)
+        return tp.cast(tp.cast(tp.quantize(wide / scale, 1.0, dtype), tp.float32) * scale, self.scale_dtype)
 
 
 class QuantizedEmbedding(Linear):
@@ -449,4 +468,9 @@ def embedding(rows: int, config: GPTConfig, is_quantized: bool) -> tp.Embedding 
 
 def scalar_parameter(config: GPTConfig) -> tp.Tensor:
     """A parameter without dimensions (a scale for a whole tensor), not set yet."""
-    return tp.Linear(1, 1, dtype=config.tripy_dtype, quant_dtype=tp.int8).weight_scale
+    return tp.Linear(1, 1, dtype=config.scale_dtype, quant_dtype=tp.int8).weight_scale
+
+
+def to(x: tp.Tensor, dtype: tp.dtype) -> tp.Tensor:
+    """``x`` in ``dtype``; itself, where that is its type."""
+    return x if x.dtype == dtype else tp.cast(x, dtype)

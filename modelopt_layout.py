@@ -42,6 +42,8 @@ _MODES = {
     "W8A8_SQ_PER_CHANNEL": "int8-smoothquant",
 }
 _CACHE_DTYPES = {"INT8": "int8", "FP8": "fp8"}
+#: The last parts of the names of all scales.
+SCALES = (".weight_scale", ".input_scale", ".pre_quant_scale", ".k_scale", ".v_scale")
 _WEIGHT_DTYPES = {"int8-weight-only": "I8", "int4-weight-only": "U8", "fp8": "F8_E4M3", "int8-smoothquant": "I8"}
 
 
@@ -112,25 +114,30 @@ def read_description(raw: Mapping[str, Any]) -> Description:
     settings = quantization
     if algorithm == "MIXED_PRECISION":  # for us that is a head of another kind than the layers
         algorithm, settings = _algorithm_of_layers(quantization.get("quantized_layers"))
-    if algorithm is not None and algorithm not in _MODES:
+    if algorithm is not None and not _is_one_of(algorithm, _MODES):
         raise ValueError(f"expected quant_algo to be one of {', '.join(_MODES)} but got {algorithm!r}")
     int4: dict[str, Any] = {}
     if algorithm == "W4A16_AWQ":
         block, scaled = settings.get("group_size"), settings.get("pre_quant_scale")
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ValueError(f"expected group_size of {algorithm} to be a positive integer but got {block}")
+            raise ValueError(f"expected group_size of {algorithm} to be a positive integer but got {block!r}")
         if not isinstance(scaled, bool):
-            raise ValueError(f"expected pre_quant_scale of {algorithm} to be true or false but got {scaled}")
+            raise ValueError(f"expected pre_quant_scale of {algorithm} to be true or false but got {scaled!r}")
         if settings.get("has_zero_point") is not False:
             raise ValueError(
-                f"expected has_zero_point of {algorithm} to be False but got {settings.get('has_zero_point')}"
+                f"expected has_zero_point of {algorithm} to be False but got {settings.get('has_zero_point')!r}"
             )
         int4 = {"block_size": block, "pre_quant_scale": scaled}
     cache = quantization.get("kv_cache_quant_algo")
-    if cache is not None and cache not in _CACHE_DTYPES:
+    if cache is not None and not _is_one_of(cache, _CACHE_DTYPES):
         expected = ", ".join(_CACHE_DTYPES)
         raise ValueError(f"expected kv_cache_quant_algo to be one of {expected} or null but got {cache!r}")
     return Description(_MODES[algorithm] if algorithm else None, _CACHE_DTYPES[cache] if cache else None, **int4)
+
+
+def _is_one_of(value: object, names: Mapping[str, str]) -> bool:
+    """Whether what JSON gave is a text, and one of these."""
+    return isinstance(value, str) and value in names
 
 
 def _algorithm_of_layers(layers: object) -> tuple[str, dict[str, Any]]:
@@ -260,3 +267,19 @@ def check_scales(name: str, scales: np.ndarray) -> None:
     bad = ~np.isfinite(scales) | (scales < 0)
     if bad.any():
         raise ValueError(f"expected {name} to hold finite numbers that are not negative but got {scales[bad][0]:g}")
+
+
+def by_scale(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Weights (rows, in) with those that share a scale along the last dimension: (*scales.shape, numbers of one)."""
+    return numbers.reshape(*scales.shape, -1)
+
+
+def rounding_scale(scale: np.ndarray, is_fp8: bool) -> np.ndarray:
+    """A scale, one number, by which activations are rounded, with shape (); never zero.
+
+    Zero means that calibration has met nothing but zeros. They are zeros at any scale, and ModelOpt's own model gives
+    for what else comes later: in int8 zero, as a scale that is large enough does; in fp8 its rounding at 1 / 448.
+    """
+    if scale.reshape(()) == 0:
+        return np.array(1 / 448 if is_fp8 else 2.0**15, scale.dtype)
+    return scale.reshape(())

@@ -46,7 +46,7 @@ import command_line
 import compression
 import text_file
 from command_line import EMBEDDED_CHECKPOINT, UsageError
-from weight_loader import TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
+from weight_loader import GENERATION_FILE, TOKENIZER_FILES, Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     import gptq
@@ -392,6 +392,7 @@ def load_torch_model(folder: Path) -> Any:
     if found["missing_keys"]:  # it would make them up
         raise QuantizationError(f"expected {sorted(found['missing_keys'])[0]} in {folder} but it is not there")
     model.config.architectures = ["GPT2LMHeadModel"]  # the exporter reads it, and old checkpoints lack it
+    model.generation_config = transformers.GenerationConfig()  # the exporter refuses some that others wrote
     return model.eval()
 
 
@@ -723,7 +724,8 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         model = load_torch_model(checkpoint.path)
         quantize_model(model, config, samples)
         _export_or_say_why(model, partial, config)
-        for file in TOKENIZER_FILES:
+        (partial / GENERATION_FILE).unlink(missing_ok=True)  # transformers' idea of it: the checkpoint's own counts
+        for file in (*TOKENIZER_FILES, GENERATION_FILE):
             if (checkpoint.path / file).is_file():
                 shutil.copyfile(checkpoint.path / file, partial / file)
         for path in (partial, *partial.iterdir()):  # mkdtemp and safetensors make them for their owner alone
@@ -835,7 +837,8 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     add(_read_bytes(REQUIREMENTS))  # ModelOpt's version, without importing it
     for source in (Path(__file__), *([ROOT / "gptq.py"] if config.method != "modelopt" else [])):
         add(_read_bytes(source))
-    for file in TOKENIZER_FILES:
+    add(repr(checkpoint.config.eos_token_ids).encode())
+    for file in (*TOKENIZER_FILES, GENERATION_FILE):
         if (checkpoint.path / file).is_file():
             add(file.encode())
             add(_read_bytes(checkpoint.path / file))

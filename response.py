@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from command_line import UsageError
 from tokenizer import StreamDecoder, Tokenizer
@@ -12,30 +12,28 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        UsageError: it is empty, or leaves no room for a new token.
+        UsageError: it is empty, or longer than the context. One that fills it leaves room for one more token.
     """
     if not prompt:
         raise UsageError("expected a prompt but got an empty one")
     ids = tokenizer.encode(prompt)
-    if len(ids) >= context:
-        raise UsageError(
-            f"expected a prompt of at most {context - 1} tokens (the context is {context}) but got {len(ids)}"
-        )
+    if len(ids) > context:
+        raise UsageError(f"expected a prompt of at most {context} tokens, the model's context, but got {len(ids)}")
     return ids
 
 
 class Response:
     """The text of one response: token ids come in, text goes out, whole characters only and never past a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_id: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_ids: Collection[int]) -> None:
         self._decoder = StreamDecoder(tokenizer)
-        self._stops, self._eos_id = stops, eos_id
+        self._stops, self._eos_ids = stops, eos_ids
         self._held = ""  # what may be the beginning of a stop text
         self.is_done = False
 
     def push(self, token: int) -> str:
         """Takes a token and returns the text that is certain now."""
-        if token == self._eos_id:
+        if token in self._eos_ids:
             return self.finish()
         return self._advance(self._decoder.push(token), is_last=False)
 

@@ -233,7 +233,8 @@ def open_pretrained(name: str, block_size: int, data: Dataset, dropout: dict[str
     if block_size < context:
         model.transformer.wpe = nn.Embedding.from_pretrained(model.transformer.wpe.weight[:block_size], freeze=False)
         model.config.n_positions = block_size
-    model.config.bos_token_id = model.config.eos_token_id = data.eos_token_id
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = settings.eos_token_id = data.eos_token_id
     return model
 
 

@@ -14,11 +14,13 @@ Whatever is wrong with a checkpoint raises `CheckpointError`, whose text is one 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
+import stat
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -30,6 +32,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 import modelopt_layout
+from conversion import PARAMETER_DTYPES, convert, numpy_dtype, scaled
 from modelopt_layout import DESCRIPTION_FILE, FLOATS, Spec
 
 
@@ -78,6 +81,10 @@ TOKENIZER_FILES = (
 )
 
 
+# What ends a text, if a checkpoint has one: config.json's word on that counts no more then.
+GENERATION_FILE = "generation_config.json"
+
+
 def find_tokenizer(name: str) -> Path:
     """The folder of a checkpoint's tokenizer: like `open_checkpoint`, but no weights are needed, nor downloaded.
 
@@ -108,13 +115,13 @@ def _locate(model_type: str | os.PathLike[str], revision: str | None, with_weigh
     """The folder that a name means, downloaded where it is not one already."""
     name = os.fspath(model_type)
     folder = Path(os.path.expanduser(name))
-    if name and os.path.isdir(folder):  # unlike Path.is_dir, no error for a name that no file can have
+    is_folder, exists = _look_at(folder) if name else (False, False)
+    if is_folder:
         if revision is not None:
             raise CheckpointError(
                 f"a revision ({revision!r}) was given, but {str(folder)!r} is a folder, not a hub name"
             )
         return folder
-    exists = name != "" and os.path.exists(folder)
     if isinstance(model_type, os.PathLike) or exists or _looks_like_a_path(name):
         found = "it is not a folder" if exists else "there is no such folder"
         raise CheckpointError(f"expected a checkpoint folder at {name!r}, but {found}")
@@ -124,6 +131,31 @@ def _locate(model_type: str | os.PathLike[str], revision: str | None, with_weigh
             f"no model {name!r}: expected a checkpoint folder, {known}, or an organization/name at the hub"
         )
     return _download(HUB_REPOSITORIES.get(name, name), revision, with_weights)
+
+
+#: Of paths that do not exist, or that cannot.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+
+
+def _look_at(path: Path) -> tuple[bool, bool]:
+    """Whether a path is a folder, and whether it is anything. What may not be looked at is not absent: an error."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # a name that no file can have
+        return False, False
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False, False
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    return stat.S_ISDIR(mode), True
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file. What is there and cannot be one is an error."""
+    is_folder, exists = _look_at(path)
+    if is_folder:
+        raise CheckpointError(f"cannot read {path}: {os.strerror(errno.EISDIR)}")
+    return exists
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -216,7 +248,7 @@ def _download(repository: str, revision: str | None, with_weights: bool) -> Path
             unreachable or FileNotFoundError("config.json"),
         )
     folder = config.parent
-    for file in (*TOKENIZER_FILES, DESCRIPTION_FILE):
+    for file in (*TOKENIZER_FILES, GENERATION_FILE, DESCRIPTION_FILE):
         fetch(file, folder.name)
     if not with_weights:
         return folder
@@ -240,11 +272,11 @@ def _download(repository: str, revision: str | None, with_weights: bool) -> Path
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The settings of config.json that determine the computation, by HuggingFace's names.
+    """The settings that determine the computation, by HuggingFace's names, and the tokens that end a text.
 
     `activation_function` is one of "gelu_new" (tanh approximation), "gelu" (erf), "relu", "silu"; their aliases are
-    resolved. `eos_token_id` is None where config.json has none, or one that the vocabulary lacks (the default of 50256
-    in small models), which could never be generated.
+    resolved. `eos_token_ids` are those of generation_config.json or, where there is no such file, of config.json, in
+    rising order, without ids that the vocabulary lacks (the default of 50256 in small models).
 
     The last nine say how a quantized checkpoint is quantized, by the names of model.py's GPTConfig.
     """
@@ -258,7 +290,9 @@ class CheckpointConfig:
     activation_function: str
     layer_norm_epsilon: float
     tie_word_embeddings: bool
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
     quant_mode: str | None = None
     quant_lm_head: bool = False
     quant_embedding: bool = False
@@ -301,12 +335,17 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 
+# Name → default.
+_SWITCHES = {
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+
 _ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 
 # Settings that change the computation → the one value that the model implements.
 _FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
@@ -327,7 +366,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> CheckpointConfig:
     """Validate a config.json."""
-    if not path.is_file():
+    if not _is_file(path):
         raise CheckpointError(f"{str(path.parent)!r} is not a checkpoint: it has no config.json")
     raw = read_json(path)
     _check_architecture(path, raw)
@@ -358,22 +397,29 @@ def _read_config(path: Path) -> CheckpointConfig:
         raise CheckpointError(
             f"{path}: expected layer_norm_epsilon to be a number between 0 and 1, got {_shown(epsilon)}"
         )
-    tied = raw.get("tie_word_embeddings", True)
-    if not isinstance(tied, bool):
-        raise CheckpointError(f"{path}: expected tie_word_embeddings to be true or false, got {_shown(tied)}")
-    eos = raw.get("eos_token_id")
-    if isinstance(eos, list) and len(eos) == 1:
-        eos = eos[0]
-    if eos is not None and (isinstance(eos, bool) or not isinstance(eos, int)):
-        raise CheckpointError(f"{path}: expected eos_token_id to be an integer or null, got {_shown(eos)}")
+    switches = {name: raw.get(name, default) for name, default in _SWITCHES.items()}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{path}: expected {name} to be true or false, got {_shown(value)}")
     return CheckpointConfig(
         **sizes,
         n_inner=n_inner,
         activation_function=_ACTIVATIONS[activation],
         layer_norm_epsilon=float(epsilon),
-        tie_word_embeddings=tied,
-        eos_token_id=eos if eos is not None and 0 <= eos < sizes["vocab_size"] else None,
+        eos_token_ids=_ending_ids(path, raw, sizes["vocab_size"]),
+        **switches,
     )
+
+
+def _ending_ids(path: Path, raw: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The eos_token_id of a JSON object: an integer, a list of them, or null. Sorted, and those of the vocabulary."""
+    value = raw.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        raise CheckpointError(
+            f"{path}: expected eos_token_id to be an integer, a list of integers or null, got {_shown(value)}"
+        )
+    return tuple(sorted({each for each in ids if 0 <= each < vocab_size}))
 
 
 def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
@@ -395,9 +441,9 @@ def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method != "modelopt":
             raise CheckpointError(
-                f"{path}: expected the quant_method of quantization_config to be modelopt, got {method}"
+                f"{path}: expected the quant_method of quantization_config to be modelopt, got {_shown(method)}"
             )
-        if not (path.parent / DESCRIPTION_FILE).is_file():
+        if not _is_file(path.parent / DESCRIPTION_FILE):
             raise CheckpointError(f"{path} has a quantization_config, but {DESCRIPTION_FILE} is missing beside it")
 
 
@@ -463,11 +509,14 @@ class _SafetensorsFile:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="numpy"), path.open("rb") as file:
+            # The library says of a file that may not be read that there is none: it is opened here first.
+            with path.open("rb") as file, safe_open(path, framework="numpy"):
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             begin = 8 + int.from_bytes(self._bytes[:8], "little")
             header = json.loads(self._bytes[8:begin])
         except (SafetensorError, OSError, ValueError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
             raise CheckpointError(f"{path} is not a readable safetensors file: {_reason(error)}") from error
         header.pop("__metadata__", None)
         self.tensors = {name: _Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
@@ -475,7 +524,7 @@ class _SafetensorsFile:
 
     def read(self, name: str, rows: slice | EllipsisType = ...) -> np.ndarray:
         stored = self.tensors[name]
-        dtype = _numpy_dtype(_NUMPY_NAMES[stored.dtype])
+        dtype = numpy_dtype(_NUMPY_NAMES[stored.dtype])
         count = int(np.prod(stored.shape, dtype=np.int64))
         values = np.frombuffer(self._bytes, dtype, count, self._offsets[name])
         return values.reshape(stored.shape)[rows]
@@ -491,11 +540,14 @@ class _TorchFile:
             hint = "pip install torch==2.13.0"
             raise CheckpointError(f"PyTorch is needed to read {path}, and is not installed: {hint}") from error
         try:
+            path.open("rb").close()
             # Only the zip format can be memory-mapped; files of before 2020 are read whole.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of formats that are odd or old: they are read, or refused below
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
             message = f"{path} is not a readable PyTorch file of tensors and nothing else: {_reason(error)}"
             raise CheckpointError(message) from error
         if not isinstance(state, dict):
@@ -543,9 +595,9 @@ def _weight_paths(folder: Path) -> list[Path]:
     """The files that hold a folder's weights."""
     for file in WEIGHT_FILES:
         path = folder / file
-        if path.is_file():
+        if _is_file(path):
             paths = [folder / shard for shard in _shard_names(path)] if file.endswith(".index.json") else [path]
-            absent = [p.name for p in paths if not p.is_file()]
+            absent = [p.name for p in paths if not _is_file(p)]
             if absent:
                 raise CheckpointError(f"{path} names shards that are missing: {', '.join(absent)}")
             return paths
@@ -603,6 +655,10 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_config(path / "config.json")
+        if _is_file(path / GENERATION_FILE):
+            generation = path / GENERATION_FILE
+            ends = _ending_ids(generation, read_json(generation), self.config.vocab_size)
+            self.config = replace(self.config, eos_token_ids=ends)
         self.weight_files = _weight_paths(path)
         self._sources: dict[str, tuple[_WeightFile, str]] = {}  # tensor → its file, and its name there
         for file_path in self.weight_files:
@@ -613,15 +669,17 @@ class Checkpoint:
                 name = stored_name.removeprefix(_PREFIX)
                 if name.startswith("h.") and name.endswith(_BUFFERS):
                     continue
-                if name in self._sources:
-                    raise CheckpointError(f"{path}: {name} is stored twice")
-                self._sources[name] = file, stored_name
+                if name in self._sources and self._sources[name][1] != stored_name:
+                    raise CheckpointError(f"{path}: {name} is stored twice, with and without {_PREFIX!r}")
+                self._sources[name] = file, stored_name  # of a tensor in two shards the last one, as in transformers
+        if self.config.tie_word_embeddings and "wte.weight" not in self._sources and "lm_head.weight" in self._sources:
+            self._sources["wte.weight"] = self._sources.pop("lm_head.weight")  # safetensors' save_model keeps either
         headers = {name: file.tensors[stored_name] for name, (file, stored_name) in self._sources.items()}
         shapes = parameter_shapes(self.config)
         if "lm_head.weight" in headers:  # a tied head may be stored all the same
             shapes["lm_head.weight"] = shapes["wte.weight"]
         description = path / DESCRIPTION_FILE
-        self._has_conv1d = not description.is_file()
+        self._has_conv1d = not _is_file(description)
         if self._has_conv1d:
             expected = {
                 name: Spec(FLOATS, shape[::-1] if name.endswith(_CONV1D) else shape) for name, shape in shapes.items()
@@ -662,7 +720,8 @@ class Checkpoint:
 
         Args:
             dtype: "float32", "float16" or "bfloat16" (arrays of `ml_dtypes.bfloat16`), for all parameters but those of
-                the LayerNorms, which always come as float32.
+                the LayerNorms, which always come as float32, and what has scales, which comes as float32 where
+                `needs_float32_scales`.
 
         Yields:
             (name, array): C-contiguous; linear weights are (out, in); "lm_head.weight" (vocab, n_embd) only if untied
@@ -672,32 +731,61 @@ class Checkpoint:
             gives back exactly, and "weight_scale", "input_scale", "pre_quant_scale" as the mode has them, where one
             element stands for the whole tensor with shape (). In int4-weight-only the weight is (in, out) and its
             scales (in / block_size, out). Of a quantized cache, "attn.k_scale" and "attn.v_scale" of each layer, of
-            shape ().
+            shape (). No scale is zero.
 
         Raises:
-            CheckpointError: a finite value overflows `dtype` (the tensor is named), a scale is not a positive number,
-                or a head is stored that differs from the embedding although config.json says that they are tied.
+            CheckpointError: a number is not finite, or not in `dtype` (the tensor is named), a scale is negative, or a
+                head is stored that differs from the embedding although config.json says that they are tied.
             ValueError: another `dtype`.
         """
         if dtype not in PARAMETER_DTYPES:
             raise ValueError(f"expected dtype to be one of {', '.join(PARAMETER_DTYPES)}, got {dtype!r}")
         self._check_tied_head()
-        target = _numpy_dtype(dtype)
+        target = numpy_dtype(dtype)
+        scaled_target = numpy_dtype("float32") if self.needs_float32_scales(dtype) else target
         shapes = parameter_shapes(self.config)
         if self.config.quant_lm_head and not self.config.quant_embedding:
             shapes["lm_head.weight"] = shapes["wte.weight"]
         for name, shape in shapes.items():
             if modelopt_layout.is_quantized(self.config, name):
-                yield from self._quantized_layer(name.removesuffix(".weight"), shape, target)
+                yield from self._quantized_layer(name.removesuffix(".weight"), shape, scaled_target)
                 continue
             transpose = self._has_conv1d and name.endswith(_CONV1D)
             layer_norm = ".ln_" in name or name.startswith("ln_f.")
-            yield name, _convert(name, self._read(name), _numpy_dtype("float32") if layer_norm else target, transpose)
+            yield name, self._convert(name, numpy_dtype("float32") if layer_norm else target, transpose)
         if self.config.kv_cache_dtype is not None:
             for layer in range(self.config.n_layer):
                 for which in ("k", "v"):
-                    scale = self._read_scale(modelopt_layout.cache_scale(layer, which), target)
-                    yield f"h.{layer}.attn.{which}_scale", scale.reshape(())
+                    scale = self._read_scale(modelopt_layout.cache_scale(layer, which), scaled_target)
+                    yield (
+                        f"h.{layer}.attn.{which}_scale",
+                        modelopt_layout.rounding_scale(scale, self.config.kv_cache_dtype == "fp8"),
+                    )
+
+    def needs_float32_scales(self, dtype: str) -> bool:
+        """Whether a scale is below the normal numbers of `dtype`, which would round it coarsely, or to zero.
+
+        Those of weights that are zero do not count: any other scale does as well.
+        """
+        import ml_dtypes
+
+        smallest = float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_normal)
+        if dtype == "float32":
+            return False
+        for name in self._sources:
+            if not name.endswith(modelopt_layout.SCALES):
+                continue
+            scales = self._read(name)
+            is_small = (scales > 0) & (scales < smallest)
+            if not is_small.any():
+                continue
+            layer, _, kind = name.rpartition(".")
+            if kind != "weight_scale":
+                return True
+            numbers = modelopt_layout.unpacked(self._read(f"{layer}.weight"), len(np.atleast_1d(scales)))
+            if (modelopt_layout.by_scale(numbers != 0, scales).any(axis=-1) & is_small).any():
+                return True
+        return False
 
     def _quantized_layer(
         self, layer: str, shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -711,7 +799,10 @@ class Checkpoint:
             scales = scales[: shape[0]]
         elif scales.size == 1 and shape[0] > 1:
             scales = scales.reshape(())
-        weight = _scaled(f"{name}.weight", numbers, scales, dtype, transpose)
+        try:
+            weight = scaled(f"{name}.weight", numbers, scales, dtype, transpose)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
         if transpose:
             scales = np.ascontiguousarray(scales.T)
         yield f"{name}.weight", weight
@@ -720,7 +811,9 @@ class Checkpoint:
         for suffix in ("input_scale", "pre_quant_scale"):
             if f"{name}.{suffix}" in self._sources:
                 scale = self._read_scale(f"{name}.{suffix}", dtype)
-                yield f"{name}.{suffix}", scale.reshape(()) if suffix == "input_scale" else scale
+                if suffix == "input_scale":
+                    scale = modelopt_layout.rounding_scale(scale, self.config.quant_mode == "fp8")
+                yield f"{name}.{suffix}", scale
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of every stored tensor, scales among them, by name without the prefix "transformer."."""
@@ -732,13 +825,19 @@ class Checkpoint:
         file, stored_name = self._sources[name]
         return file.read(stored_name)
 
-    def _read_scale(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        scales = self._read(name)
+    def _convert(self, name: str, dtype: np.dtype[Any], transpose: bool = False) -> np.ndarray:
+        """A stored tensor in `dtype`; of a matrix its transpose, if that is asked for."""
         try:
-            modelopt_layout.check_scales(name, scales)
+            return convert(name, self._read(name), dtype, transpose)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
-        return _convert(name, scales, dtype, transpose=False)
+
+    def _read_scale(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        try:
+            modelopt_layout.check_scales(name, self._read(name))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        return self._convert(name, dtype)
 
     def _check_tied_head(self) -> None:
         """Refuse a stored head that is not the embedding: transformers would not tie it, so its logits would differ."""
@@ -752,7 +851,7 @@ class Checkpoint:
             embedding, embedding_name = self._sources[f"wte.{suffix}"]
             shape = head.tensors[head_name].shape
             parts = [slice(start, start + step) for start in range(0, shape[0], step)] if shape else [...]
-            if not all(np.array_equal(head.read(head_name, p), embedding.read(embedding_name, p)) for p in parts):
+            if not all(_are_equal(head.read(head_name, p), embedding.read(embedding_name, p)) for p in parts):
                 raise CheckpointError(
                     f"{self.path / 'config.json'} ties lm_head.{suffix} to wte.{suffix}, but the stored values differ: "
                     "expected equal values or tie_word_embeddings=false"
@@ -761,11 +860,13 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hexadecimal hash that identifies the configuration and the weights, to name what is derived from them.
 
-        It covers the validated config, every tensor's name, dtype and shape, and each weight file's content: in full
-        up to 64 MB (so a copied small checkpoint keeps its fingerprint); of a larger file its size, its time of
-        modification in nanoseconds, and 256 evenly spaced samples of 64 KiB, among them its start and its end.
+        It covers the validated config but for the tokens that end a text, every tensor's name, dtype and shape, and
+        each weight file's content: in full up to 64 MB (so a copied small checkpoint keeps its fingerprint); of a
+        larger file its size, its time of modification in nanoseconds, and 256 evenly spaced samples of 64 KiB, among
+        them its start and its end.
         """
-        digest = hashlib.blake2b(json.dumps(self.config.as_dict(), sort_keys=True).encode(), digest_size=16)
+        settings = {**self.config.as_dict(), "eos_token_ids": None}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
         for name in sorted(self._sources):
             file, stored_name = self._sources[name]
             digest.update(repr((name, stored_name, file.tensors[stored_name])).encode())
@@ -776,6 +877,11 @@ class Checkpoint:
             except OSError as error:
                 raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
         return digest.hexdigest()
+
+
+def _are_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors have the same values; NaN counts as one, for whoever reads the values to refuse."""
+    return np.array_equal(a, b) or np.array_equal(a, b, equal_nan=True)
 
 
 _FULLY_HASHED = 64 * 2**20
@@ -796,67 +902,3 @@ def _content_pieces(path: Path) -> Iterable[bytes]:
             for sample in range(_SAMPLES):
                 file.seek(last * sample // (_SAMPLES - 1))
                 yield file.read(_SAMPLE_BYTES)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversion
-# ---------------------------------------------------------------------------------------------------------------------
-
-PARAMETER_DTYPES = ("float32", "float16", "bfloat16")
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a name, with bfloat16, which is not NumPy's own."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
-
-
-def _convert(name: str, source: np.ndarray, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
-    """A C-contiguous array of `dtype` that owns its memory: `source` or, of a matrix, its transpose."""
-    import ml_dtypes
-
-    largest = float(ml_dtypes.finfo(dtype).max)
-    if largest < float(ml_dtypes.finfo(source.dtype).max):
-        _check_range(name, source, dtype, largest)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs that the checkpoint holds pass through
-        if not transpose:
-            return source.astype(dtype, order="C")
-        converted = source.astype(dtype, copy=False)
-    result = np.empty(source.shape[::-1], dtype)
-    for row in range(0, len(converted), 16):  # in strips that the cache holds: twice as fast as in one go
-        result[:, row : row + 16] = converted[row : row + 16].T
-    return result
-
-
-def _scaled(name: str, numbers: np.ndarray, scales: np.ndarray, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
-    """``numbers`` (rows, in) times ``scales``, one, (rows,) or (rows, blocks), as `_convert` gives it.
-
-    The scales come rounded to ``dtype`` already: the ratio of the two is then closest to an integer again.
-    """
-    rows, width = numbers.shape
-    result = np.empty((width, rows) if transpose else (rows, width), dtype)
-    step = max(1, 2**16 // max(1, width))  # rows at a time that the caches hold
-    for row in range(0, rows, step):
-        by = (scales[row : row + step] if scales.ndim else scales).astype(np.float32)
-        part = numbers[row : row + step].astype(np.float32)
-        blocks = part.reshape(len(part), by.shape[1], -1) if by.ndim == 2 else part
-        blocks *= by[..., None] if by.ndim else by
-        at = np.s_[:, row : row + step] if transpose else np.s_[row : row + step]
-        result[at] = _convert(name, part, dtype, transpose)
-    return result
-
-
-def _check_range(name: str, source: np.ndarray, dtype: np.dtype[Any], largest: float) -> None:
-    """Refuse finite values that would become infinite in `dtype`."""
-    if max(-float(source.min()), float(source.max())) <= largest:  # the usual case, and false if there is a NaN
-        return
-    with np.errstate(over="ignore", invalid="ignore"):
-        overflown = np.isinf(source.astype(dtype)) & np.isfinite(source)
-    if overflown.any():
-        value = float(source[overflown][0])
-        raise CheckpointError(
-            f"{name} holds {value:g}, which overflows {dtype.name} (its largest value is {largest:g})"
-        )

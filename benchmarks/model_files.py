@@ -131,7 +131,7 @@ def _shapes(sizes: Shape) -> dict[str, tuple[int, ...]]:
         activation_function="gelu_new",
         layer_norm_epsilon=1e-5,
         tie_word_embeddings=True,
-        eos_token_id=None,
+        eos_token_ids=(),
     )
     return parameter_shapes(config)
 

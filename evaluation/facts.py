@@ -17,6 +17,7 @@ from evaluation.perplexity import bits_per_byte, nats_of, perplexity
 from evaluation.text import Tokens
 from evaluation.variants import Variant
 from evaluation.weights import compiled_weight_bytes
+from generation import LogitsError
 from weight_loader import Checkpoint
 
 if TYPE_CHECKING:
@@ -65,8 +66,12 @@ def facts_of(
 
     context = checkpoint.config.n_positions
     gpt = load_model(checkpoint, config_of(checkpoint, variant.dtype))
-    nats = nats_of(gpt, tokens.ids, context, max(1, context // 2), f"perplexity of {variant.name}")
-    measured, weights = perplexity(nats), compiled_weight_bytes(executable, checkpoint.config)
+    weights = compiled_weight_bytes(executable, checkpoint.config)
+    try:
+        nats = nats_of(gpt, tokens.ids, context, max(1, context // 2), f"perplexity of {variant.name}")
+    except LogitsError:  # whoever asks the model is told
+        return Facts(variant.name, weights.total, weights.bits, perplexity=None, bits_per_byte=None)
+    measured = perplexity(nats)
     facts = Facts(
         name=variant.name,
         memory_bytes=weights.total,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from generation import LogitsError
+
 if TYPE_CHECKING:
     from model import GPT
 
@@ -61,7 +63,10 @@ def negative_log_likelihoods(
         name: For the progress bar.
 
     Returns:
-        Nats, (N - 1,) float64.
+        Nats, (N - 1,) float64; infinite for a token that the model rules out.
+
+    Raises:
+        LogitsError: the logits of a token are not numbers.
     """
     from tqdm import tqdm
 
@@ -78,7 +83,11 @@ def negative_log_likelihoods(
             for row, window in enumerate(group):
                 targets = ids[window.scored + 1 : window.stop + 1]
                 scored = logits[row, window.scored - window.start : window.stop - window.start]
-                nats[window.scored : window.stop] = _cross_entropy(scored, targets)
+                nats[window.scored : window.stop] = found = _cross_entropy(scored, targets)
+                if np.isnan(found).any():  # of NaN, of infinity, and of nothing but minus infinity
+                    raise LogitsError.because(
+                        f"those after token {window.scored + int(np.isnan(found).argmax())} of the text"
+                    )
                 progress.update(len(targets))
     return nats
 
@@ -89,7 +98,8 @@ def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     rows = max(1, (1 << 22) // logits.shape[1])  # some 32 MB at a time
     for begin in range(0, len(targets), rows):
         part = logits[begin : begin + rows].astype(np.float64)
-        part -= part.max(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            part -= part.max(axis=1, keepdims=True)
         chosen = part[np.arange(len(part)), targets[begin : begin + rows]]
         result[begin : begin + rows] = np.log(np.exp(part).sum(axis=1)) - chosen
     return result
@@ -112,6 +122,7 @@ def nats_of(gpt: GPT, ids: np.ndarray, context: int, stride: int, name: str = ""
 
     Raises:
         tp.TripyException: it cannot be compiled.
+        LogitsError: the logits of a token are not numbers.
     """
     size = min(context, len(ids) - 1)
     num_windows = sum(1 for _ in windows(len(ids) - 1, size, stride))

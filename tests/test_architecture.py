@@ -53,6 +53,7 @@ PROGRAMS = (
     "tokenizing.description",
     "tokenizing.added_tokens",
     "weight_loader",
+    "conversion",
     "modelopt_layout",
     "model",
     "picture",
@@ -67,7 +68,7 @@ TRAINING = ("train", "training.log", "training.state", "training.resume", "train
 SURFACE = {
     "nvtripy_portable.engine_file",
     "nvtripy_portable.decoder.Decoder",
-    "nvtripy_portable.sampling.draw",
+    "nvtripy_portable.sampling",
 }
 #: It looks into what the compiler made of the weights, where the portable runtime is the compiler.
 LOOKS_INSIDE = ("evaluate", "evaluation.speed", "evaluation.weights")

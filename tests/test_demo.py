@@ -339,7 +339,7 @@ def test_stop_ends_the_answers(page: Any) -> None:
     ("prompt", "seed", "expected"),
     [
         ("", "1", "expected a prompt but got an empty one"),
-        ("x" * 100, "1", "expected a prompt of at most 63 tokens (the context is 64) but got 100"),
+        ("x" * 100, "1", "expected a prompt of at most 64 tokens, the model's context, but got 100"),
         ("To be", "-1", "expected a seed from 0 to 18446744073709551615 but got -1"),
     ],
 )

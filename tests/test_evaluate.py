@@ -16,7 +16,7 @@ import torch
 from quantized_folders import quantized_folder
 from reference_nats import reference_nats
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import random_checkpoint
+from tiny_checkpoints import overflowing_checkpoint, random_checkpoint
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -338,3 +338,12 @@ def test_weights_that_float16_cannot_hold(run: Any, tiny: Path, text: Path, tmp_
     done = run(f"--model-type={folder}", f"--data={text}", "--variants", "float16")
     assert done.code == 2 and done.out == "" and "Traceback" not in done.err
     assert "wpe.weight holds 1e+06, which overflows float16" in done.err.splitlines()[-1]
+
+
+def test_numbers_that_are_not_finite_are_no_perplexity(run: Any, text: Path, tmp_path: Path) -> None:
+    folder = overflowing_checkpoint(tmp_path / "overflowing")
+    done = run("--data", text, "--variants", folder)
+    assert (done.code, done.out) == (2, "")
+    last = done.err.splitlines()[-1]
+    assert last.startswith("evaluate.py: error: variant ") and "the model's numbers are not finite" in last
+    assert run("--data", text, "--variants", f"{folder}+bfloat16").code == 0

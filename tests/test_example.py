@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import io
 import itertools
+import json
 import os
 import pty
 import re
@@ -26,7 +27,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import CONTEXT, EOS, edit_config, random_checkpoint, reciting_checkpoint, script_of
+from tiny_checkpoints import (
+    CONTEXT,
+    EOS,
+    edit_config,
+    overflowing_checkpoint,
+    random_checkpoint,
+    reciting_checkpoint,
+    script_of,
+)
 
 import example
 import generation
@@ -327,6 +336,45 @@ def test_end_of_text_ends_a_response(ask: Ask, verse: Path) -> None:
     assert ask(model_type=verse, input_text="T", stream=True).text == VERSE
 
 
+@pytest.mark.parametrize(
+    ("endings", "expected"),
+    [
+        ({"eos_token_id": ord("o")}, "The cat sat "),  # of generation_config.json, where config.json has another
+        ({"eos_token_id": [ord("."), ord("o"), EOS]}, "The cat sat "),
+        ({"eos_token_id": []}, None),
+        ({}, None),
+    ],
+)
+def test_endings_of_generation_config(
+    ask: Ask, verse: Path, tmp_path: Path, endings: dict[str, Any], expected: str | None
+) -> None:
+    copy = tmp_path / "verse"
+    shutil.copytree(verse, copy)
+    (copy / "generation_config.json").write_text(json.dumps(endings))
+    found = ask(model_type=copy, input_text="T", max_new_tokens=len(VERSE)).text
+    assert found == (VERSE + "<|endoftext|>" if expected is None else expected)
+
+
+def test_an_engine_is_the_same_whatever_ends_a_text(ask: Ask, verse: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "verse"
+    shutil.copytree(verse, copy)
+    for ending in ([], [ord("o")]):
+        (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ending}))
+        assert ask(model_type=copy, input_text="T", max_new_tokens=2, engine_dir=tmp_path / "engines").code == 0
+    assert len(list((tmp_path / "engines").glob("*.engine"))) == 1
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8}, {"top_k": 0}, {"stream": True}])
+def test_what_overflows_on_the_way_gives_no_token(ask: Ask, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = overflowing_checkpoint(tmp_path / "overflowing")
+    done = ask(model_type=folder, input_text="To be", dtype="float16", **options)
+    assert done.code == 2 and done.err.count("\n") == 1 and done.out in (b"", b"To be")
+    assert re.match(
+        r"example.py: error: the model's numbers are not finite .* bfloat16 or float32, may hold it", done.err
+    )
+    assert ask(model_type=folder, input_text="To be", dtype="bfloat16", **options).code == 0
+
+
 def test_max_new_tokens(ask: Ask, verse: Path) -> None:
     assert ask(model_type=verse, input_text="The", max_new_tokens=4).text == "The cat"
     assert ask(model_type=verse, input_text="The", max_new_tokens=1).text == "The "
@@ -334,7 +382,7 @@ def test_max_new_tokens(ask: Ask, verse: Path) -> None:
 
 def test_max_new_tokens_beyond_the_context(ask: Ask, choice: Path) -> None:
     """The last token comes from a full context, and is not in it itself."""
-    for prompt in ("x", "x" * 40, "x" * (CONTEXT - 1)):
+    for prompt in ("x", "x" * 40, "x" * (CONTEXT - 1), "x" * CONTEXT):
         found = ask(model_type=choice, input_text=prompt, max_new_tokens=10**9, seed=1)
         assert len(found.text) == CONTEXT + 1
 
@@ -696,8 +744,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "prompt empty": (lambda p: ["--input-text="], "expected a prompt but got an empty one"),
     "prompt not UTF-8": (lambda p: ["--input-text", b"caf\xe9"], "expected --input-text to be UTF-8 text"),
     "prompt too long": (
-        lambda p: ["--input-text", "x" * CONTEXT],
-        rf"at most {CONTEXT - 1} tokens \(the context is {CONTEXT}\) but got {CONTEXT}",
+        lambda p: ["--input-text", "x" * (CONTEXT + 1)],
+        rf"a prompt of at most {CONTEXT} tokens, the model's context, but got {CONTEXT + 1}",
     ),
     "standard input empty": (lambda p: [], "expected a prompt but got an empty one"),
     "prompt file missing": (lambda p: ["--batch", p.folder / "none"], "cannot read .*/none: No such file"),
@@ -744,6 +792,14 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "weights too large": (
         lambda p: p.checkpoint(edit_tensor("lm_head.weight", lambda old: old * np.float32(1e30))),
         r"lm_head.weight holds 3e\+31, which overflows float16",
+    ),
+    "weights not numbers": (
+        lambda p: p.checkpoint(edit_tensor("lm_head.weight", lambda old: old + np.float32(np.nan))),
+        "lm_head.weight holds nan: expected finite numbers",
+    ),
+    "generation config damaged": (
+        lambda p: p.checkpoint(lambda folder: (folder / "generation_config.json").write_text("{")),
+        "generation_config.json is not valid JSON",
     ),
     "layers missing": (lambda p: p.checkpoint(config(n_layer=2)), "missing: h.1.ln_1.weight"),
     "config missing": (lambda p: p.checkpoint(remove("config.json")), "it has no config.json"),

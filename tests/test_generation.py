@@ -3,6 +3,7 @@ distribution."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from test_model import save_random, stateless_logits
 from transformers import GPT2LMHeadModel
 
 from engine import Engine, compile_model, config_of, load_model
-from generation import MAX_SEED, Sampler, generate
+from generation import MAX_SEED, LogitsError, Sampler, generate
 from weight_loader import open_checkpoint
 
 CONTEXT = 230
@@ -196,6 +197,31 @@ def test_ties_go_to_the_lower_id() -> None:
     assert greedy()(logits) == 1
     drawn = {Sampler(seed, 0, top_k=2)(logits) for seed in range(50)}
     assert drawn == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-308, 0.8])
+@pytest.mark.parametrize("top_k", [None, 1, 5])
+def test_logits_that_are_no_numbers_give_no_token(temperature: float, top_k: int | None) -> None:
+    for bad, message in ((np.nan, "token 400 is nan"), (np.inf, "token 400 is inf")):
+        logits = np.linspace(-5, 5, 1000, dtype=np.float32)
+        logits[400] = bad
+        with pytest.raises(LogitsError, match=rf"not finite \(the logit of {message}\): .* bfloat16 or float32"):
+            Sampler(0, 0, temperature, top_k)(logits)
+    with pytest.raises(LogitsError, match="all logits are -inf"):
+        Sampler(0, 0, temperature, top_k)(np.full(9, -np.inf, np.float32))
+    masked = np.array([-np.inf, 2, -np.inf], np.float32)
+    assert Sampler(0, 0, temperature, top_k)(masked) == 1
+
+
+def test_the_error_crosses_processes() -> None:
+    error = LogitsError.because("the logit of token 1 is nan")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_prompt_that_fills_the_context_is_continued_by_one_token(checkpoint: Checkpoint) -> None:
+    full = np.random.default_rng(1).integers(0, 97, CONTEXT).tolist()
+    (found,) = checkpoint.generate([full], [greedy()], 20)
+    assert found == checkpoint.transformers_greedy(full, 1)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def make_model(folder: Path, seed: int = 0, vocab_size: int = 61, **save: Any) -
     return digest
 
 
-WANTED = ["config.json", "merges.txt", "vocab.json"]
+WANTED = ["config.json", "generation_config.json", "merges.txt", "vocab.json"]
 
 
 # --- found -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ float16.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,8 @@ def configurations(draw: st.DrawFn) -> dict[str, object]:
         "activation_function": draw(st.sampled_from(("gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu"))),
         "layer_norm_epsilon": draw(st.sampled_from((1e-5, 1e-6, 1e-2))),
         "tie_word_embeddings": draw(st.booleans()),
+        "scale_attn_weights": draw(st.booleans()),
+        "scale_attn_by_inverse_layer_idx": draw(st.booleans()),
     }
 
 
@@ -130,6 +133,37 @@ def test_124m_equals_transformers(gpt2_size: tuple[Path, np.ndarray, np.ndarray]
     assert relative_error(logits, reference[:, 22]) <= TOLERANCES[dtype]
     logits = engine.step(idx[:, 23:], zero + 23, zero)
     assert relative_error(logits, reference[:, 23]) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("by_size", [True, False])
+def test_scales_of_attention_scores(tmp_path: Path, by_size: bool, by_layer: bool, dtype: str) -> None:
+    """Stanford's GPT-2s divide by the layer's number; reorder_and_upcast_attn changes the rounding alone."""
+    reference_model = save_random(
+        tmp_path,
+        n_layer=3,
+        n_head=4,
+        n_embd=64,
+        vocab_size=100,
+        n_positions=16,
+        initializer_range=0.1,  # so that scores matter
+        scale_attn_weights=by_size,
+        scale_attn_by_inverse_layer_idx=by_layer,
+        reorder_and_upcast_attn=by_layer,
+    )
+    idx = np.random.default_rng(2).integers(0, 100, (2, 16)).astype(np.int32)
+    reference = reference_logits(reference_model, idx)
+    config = config_of(open_checkpoint(tmp_path), dtype)
+    gpt = load_model(open_checkpoint(tmp_path), config)
+    assert relative_error(stateless_logits(gpt, idx), reference) <= TOLERANCES[dtype]
+    engine = Engine(compile_model(gpt, 2), config, 2)
+    assert engine._decoder is not None or importlib.util.find_spec("nvtripy_portable._native") is None  # all is fused
+    found = [engine.step(idx[:, :10], np.zeros(2, np.int32), np.full(2, 9, np.int32))]
+    for position in range(10, 16):
+        step = engine.step(idx[:, position : position + 1], np.full(2, position, np.int32), np.zeros(2, np.int32))
+        found.append(step)
+    assert relative_error(np.stack(found, axis=1), reference[:, 9:]) <= TOLERANCES[dtype]
 
 
 def test_bfloat16(tmp_path: Path) -> None:

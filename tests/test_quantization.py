@@ -562,10 +562,25 @@ def test_same_input_same_bytes(
 
 def test_the_folder_is_complete_and_readable(modelopt: None, results: Callable[[str], Result]) -> None:
     folder = results("fp8").folder
-    files = {"config.json", "generation_config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"}
+    files = {"config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"}
     assert {path.name for path in folder.iterdir()} == files
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert list(folder.parent.iterdir()) == [folder], "nothing is left beside it"
+
+
+def test_the_tokens_that_end_a_text_come_along(
+    modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path
+) -> None:
+    """Also in a file that transformers reads and refuses to write: a temperature without sampling."""
+    checkpoint = make_checkpoint(tmp_path / "source")
+    without = quantization.cache_name(checkpoint, config("int8-weight-only"))
+    endings = {"eos_token_id": [3, 5], "do_sample": False, "temperature": 0.5}
+    (checkpoint.path / "generation_config.json").write_text(json.dumps(endings))
+    checkpoint = open_checkpoint(checkpoint.path)
+    assert quantization.cache_name(checkpoint, config("int8-weight-only")) != without
+    quantization.quantize_checkpoint(checkpoint, config("int8-weight-only"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == endings
+    assert open_checkpoint(tmp_path / "out").config.eos_token_ids == (3, 5)
 
 
 def test_nothing_is_left_of_a_failure(

@@ -361,3 +361,20 @@ def test_a_width_that_the_block_does_not_divide(embedded: Callable[[str], Quanti
     damage_text("config.json", '"n_embd": 256', '"n_embd": 320')(folder)
     with pytest.raises(weight_loader.CheckpointError, match="the int4 block of 128 divides but got 320"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quant_algo": ["W8A16"]},
+        {"quant_algo": {}},
+        {"kv_cache_quant_algo": []},
+        {"kv_cache_quant_algo": {"a": 1}},
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"transformer.h.0.x": {"quant_algo": ["FP8"]}}},
+    ],
+)
+def test_names_that_are_no_texts_are_refused(entry: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected (quant_algo|kv_cache_quant_algo) to be one of"):
+        modelopt_layout.read_description(
+            {"quantization": {"quant_algo": "W8A16", "kv_cache_quant_algo": None, **entry}}
+        )

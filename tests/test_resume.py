@@ -297,7 +297,9 @@ def test_a_checkpoint_is_finetuned_on_another_text(trained: Path, tmp_path: Path
     assert (tmp_path / "data" / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     plain = {"short_share": 0.0, "bpe_dropout": 0.0, "ema_decay": 0.0, "dropout": 0.0}
     settings = {"block_size": 16, "n_layer": 3, "max_iters": 2, "eval_interval": 1, "learning_rate": 1e-5, "min_lr": 0}
-    config = tiny_config(tmp_path / "data", tmp_path / "out", init_from=str(trained), **plain, **settings)
+    source = shutil.copytree(trained, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')  # of texts that end otherwise
+    config = tiny_config(tmp_path / "data", tmp_path / "out", init_from=str(source), **plain, **settings)
     loss = train.train(config)
     data = load_dataset(tmp_path / "data", 16)
     model = transformers.GPT2LMHeadModel.from_pretrained(trained)
@@ -306,6 +308,7 @@ def test_a_checkpoint_is_finetuned_on_another_text(trained: Path, tmp_path: Path
     assert loss == pytest.approx(before, rel=0.01)
     finetuned = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     assert (finetuned.config.n_layer, finetuned.config.n_positions) == (1, 16)
+    assert finetuned.generation_config.eos_token_id == finetuned.config.eos_token_id == data.eos_token_id
     assert finetuned.transformer.wpe.weight.shape == (16, 32)
     # It resumes too, although the config says nothing of the checkpoint's shape.
     assert train.train(dataclasses.replace(config, init_from="resume", max_iters=3)) <= loss

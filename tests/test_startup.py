@@ -77,6 +77,6 @@ def test_refused_input_imports_no_nvtripy(tmp_path: Path) -> None:
     """A mistake is answered at once: before the model is imported, and an option's before the checkpoint is opened."""
     checkpoint = random_checkpoint(tmp_path / "checkpoint")
     _, err, packages = run(tmp_path, "--model-type", checkpoint, "--input-text", "x" * 1000)
-    assert "at most 63 tokens" in err and not packages & {"nvtripy", "torch", "transformers", "huggingface_hub"}
+    assert "at most 64 tokens" in err and not packages & {"nvtripy", "torch", "transformers", "huggingface_hub"}
     _, err, packages = run(tmp_path, "--model-type", checkpoint, "--input-text=x", "--seed=-1")
     assert "expected a seed" in err and not packages & {"nvtripy", "safetensors", "tiktoken"}

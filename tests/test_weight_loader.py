@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -17,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import weight_loader
@@ -147,6 +149,38 @@ def test_tied_head_that_is_stored_too(folder: Path) -> None:
     assert "ties lm_head.weight to wte.weight, but the stored values differ" in refusal(folder)
 
 
+def test_tied_embedding_that_is_stored_as_the_head_alone(folder: Path) -> None:
+    """Of tensors that share memory, safetensors' save_model keeps the first by name."""
+    save_model(tiny_model(), folder / "model.safetensors", metadata={"format": "pt"})
+    assert "transformer.wte.weight" not in load_file(folder / "model.safetensors")
+    check_equal(folder, GPT2LMHeadModel.from_pretrained(folder))
+    check_equal(folder, tiny_model())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_one_tensor_in_two_shards(tmp_path: Path, kind: str) -> None:
+    """That of the last file counts, whatever the index says, as in transformers."""
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{i}-of-00002.{kind}" for i in (1, 2)]
+    weight_map = {name: files[i % 2] for i, name in enumerate(state)}
+    twice = "transformer.wpe.weight"
+    for number, file in enumerate(files):
+        shard = {name: tensor for name, tensor in state.items() if weight_map[name] == file}
+        shard[twice] = torch.full_like(state[twice], number)
+        if kind == "safetensors":
+            save_file(shard, tmp_path / file, metadata={"format": "pt"})
+        else:
+            torch.save(shard, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {**weight_map, twice: files[0]}}
+    (tmp_path / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert (theirs.transformer.wpe.weight == 1).all()
+    check_equal(tmp_path, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_pytorch_bin(tmp_path: Path, dtype: torch.dtype, legacy: bool) -> None:
@@ -184,11 +218,50 @@ def test_float16_overflow_is_named(folder: Path, value: float) -> None:
     list(checkpoint.parameters("bfloat16"))
 
 
-def test_float16_keeps_what_rounds_down_or_is_not_finite(folder: Path) -> None:
-    values = torch.tensor([65519.0, torch.inf, -torch.inf, torch.nan])
-    edit_tensors(folder, lambda tensors: tensors["transformer.wpe.weight"][0, :4].copy_(values))
-    found = dict(open_checkpoint(folder).parameters("float16"))["wpe.weight"][0, :4]
-    np.testing.assert_array_equal(found, np.array([65504, np.inf, -np.inf, np.nan], np.float16))
+def test_float16_keeps_what_rounds_down(folder: Path) -> None:
+    edit_tensors(
+        folder, lambda tensors: tensors["transformer.wpe.weight"][0, :2].copy_(torch.tensor([65519.0, -65519]))
+    )
+    found = dict(open_checkpoint(folder).parameters("float16"))["wpe.weight"][0, :2]
+    np.testing.assert_array_equal(found, np.array([65504, -65504], np.float16))
+
+
+def test_the_types_that_hold_what_overflows_are_named(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors["transformer.ln_f.bias"][3].fill_(1.55e5))
+    list(open_checkpoint(folder).parameters("float16"))  # LayerNorms are float32 throughout
+    edit_tensors(folder, lambda tensors: tensors["transformer.h.0.attn.c_attn.bias"][3].fill_(1.55e5))
+    with pytest.raises(CheckpointError, match=r"c_attn.bias holds 155000, .*; float32 or bfloat16 would hold it"):
+        list(open_checkpoint(folder).parameters("float16"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path, source: torch.dtype, value: float) -> None:
+    """In tensors of every kind, at their first and their last place, whatever the types."""
+    tiny_model(dtype=source).save_pretrained(tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    for name in ("wte.weight", "h.1.mlp.c_fc.weight", "h.0.attn.c_attn.bias", "h.0.ln_1.weight", "ln_f.bias"):
+        for place in (0, -1):
+            (tmp_path / "model.safetensors").write_bytes(good)
+            edit_tensors(tmp_path, lambda t, n=name, p=place: t[f"transformer.{n}"].view(-1)[p].fill_(value))
+            for dtype in ("float32", "float16", "bfloat16"):
+                with pytest.raises(CheckpointError, match=rf"{name} holds {value}: expected finite numbers"):
+                    list(open_checkpoint(tmp_path).parameters(dtype))
+
+
+def test_a_number_that_no_type_holds(tmp_path: Path) -> None:
+    tiny_model(dtype=torch.float64).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors["transformer.wte.weight"][0, 0].fill_(1e39))
+    assert "wte.weight holds 1e+39, which overflows float32 (its largest value is 3.40282e+38)" in refusal(tmp_path)
+
+
+def test_a_stored_head_that_is_not_finite_is_not_called_another(folder: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["transformer.wte.weight"][0, 0] = torch.nan
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+
+    edit_tensors(folder, spoil)
+    assert "wte.weight holds nan" in refusal(folder)
 
 
 def test_unknown_dtype(folder: Path) -> None:
@@ -219,13 +292,61 @@ def test_config(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert open_checkpoint(tmp_path).config.as_dict() == {
         **{**TINY, "n_inner": 48, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
-        **{"tie_word_embeddings": False, "eos_token_id": 7},
+        **{"tie_word_embeddings": False, "eos_token_ids": (7,)},
+        **{"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
         **{"quant_mode": None, "quant_lm_head": False, "quant_embedding": False, "quant_position_embedding": False},
         **{"per_channel": True, "per_token": False, "kv_cache_dtype": None},
         **{"block_size": 128, "pre_quant_scale": True},
     }
+    (tmp_path / "generation_config.json").unlink()
     edit_config(tmp_path, eos_token_id=50256)
-    assert open_checkpoint(tmp_path).config.eos_token_id is None
+    assert open_checkpoint(tmp_path).config.eos_token_ids == ()
+
+
+ABSENT = object()
+ENDINGS = (ABSENT, None, 3, [3, 5], [5], [], 9999, [9999, 5], -1)
+
+
+@pytest.mark.parametrize("generation", ["no file", *ENDINGS])
+def test_endings_are_those_of_transformers(folder: Path, generation: Any) -> None:
+    """generation_config.json counts alone where there is one, also where it names none."""
+    (folder / "generation_config.json").unlink()
+    if generation != "no file":
+        entries = {} if generation is ABSENT else {"eos_token_id": generation}
+        (folder / "generation_config.json").write_text(json.dumps(entries))
+    for ending in ENDINGS:
+        edit_config(folder, eos_token_id=ending) if ending is not ABSENT else drop_from_config(folder, "eos_token_id")
+        found = GPT2LMHeadModel.from_pretrained(folder).generation_config.eos_token_id
+        expected = found if isinstance(found, list) else [] if found is None else [found]
+        assert open_checkpoint(folder).config.eos_token_ids == tuple(sorted(i for i in expected if 0 <= i < 61))
+
+
+def test_endings_do_not_change_what_is_computed(folder: Path) -> None:
+    before = open_checkpoint(folder).fingerprint()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2, 1]}')
+    assert open_checkpoint(folder).config.eos_token_ids == (1, 2)
+    assert open_checkpoint(folder).fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "generation_config.json is not valid JSON"),
+        ("[]", "expected a JSON object in .*generation_config.json"),
+        ('{"eos_token_id": "x"}', 'generation_config.json: expected eos_token_id to be an integer, a list .*"x"'),
+        ('{"eos_token_id": [true]}', "generation_config.json: expected eos_token_id"),
+        ('{"eos_token_id": 1.5}', "generation_config.json: expected eos_token_id"),
+        ('{"eos_token_id": [[1]]}', "generation_config.json: expected eos_token_id"),
+    ],
+)
+def test_damaged_generation_config(folder: Path, content: str, message: str) -> None:
+    (folder / "generation_config.json").write_text(content)
+    assert re.search(message, refusal(folder))
+
+
+def drop_from_config(folder: Path, name: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
 
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -252,8 +373,8 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None, "architectures": None}, "expected model_type 'gpt2', got null"),
     ({"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification"),
     ({"architectures": "GPT2LMHeadModel"}, "architectures"),
-    ({"scale_attn_weights": False}, "scale_attn_weights=false is not supported"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true is not supported"),
+    ({"scale_attn_weights": 0}, "scale_attn_weights to be true or false, got 0"),
+    ({"scale_attn_by_inverse_layer_idx": None}, "scale_attn_by_inverse_layer_idx to be true or false, got null"),
     ({"add_cross_attention": True}, "add_cross_attention=true is not supported"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]
@@ -502,3 +623,37 @@ def test_reading_imports_no_framework(folder: Path) -> None:
         [sys.executable, "-c", code, str(folder)], cwd=root, capture_output=True, text=True, check=True
     )
     assert run.stdout.split("\n")[:2] == [str(tiny_model().num_parameters()), "[]"]
+
+
+# --- files that may not be read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors", "hf_quant_config.json"])
+def test_what_may_not_be_read_is_not_absent(folder: Path, file: str) -> None:
+    """A link to itself, as no permission stops the superuser."""
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(folder / file)
+    assert f"cannot read {folder / file}: Too many levels of symbolic links" in refusal(folder)
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    assert f"cannot read {folder / file}: Is a directory" in refusal(folder)
+
+
+def test_a_folder_that_may_not_be_looked_at_is_not_absent(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "Too many levels of symbolic links" in refusal(tmp_path / "loop" / "model")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_without_permission(folder: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors itself says that there is no such file."""
+    (folder / "model.safetensors").rename(folder / file)
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path.name == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(folder) == f"cannot read {folder / file}: Permission denied"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 CONTEXT = 64
 EOS = 256
@@ -40,6 +40,16 @@ def reciting_checkpoint(folder: Path, script: Sequence[Iterable[int]]) -> Path:
     tensors["transformer.ln_f.weight"] += np.sqrt(CONTEXT - 1) / CONTEXT
     tensors["transformer.ln_f.bias"] += 1 / CONTEXT
     return _write(folder, tensors, n_embd=CONTEXT)
+
+
+def overflowing_checkpoint(folder: Path) -> Path:
+    """A random one whose values overflow float16 where the cache stores them; no weight does."""
+    random_checkpoint(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.attn.c_attn.weight"] *= 100
+    tensors["transformer.h.0.attn.c_attn.bias"][64:] = 65504
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def script_of(text: str) -> list[list[int]]:

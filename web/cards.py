@@ -55,6 +55,8 @@ def _status(answer: Answer) -> str:
     parts = [f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
     if answer.first_token_seconds is not None:
         parts.append(f"the first after {answer.first_token_seconds * 1e3:,.1f} ms")
+    if answer.error is not None:
+        return f'<span class="failed" role="alert">{escape(answer.error)}</span>'
     if answer.is_done:
         parts.append("stopped" if answer.is_stopped else "done")
     return " \N{MIDDLE DOT} ".join(parts)
@@ -94,6 +96,8 @@ STYLE = """
   border-top: 1px solid var(--border-color-primary); white-space: pre-wrap; overflow-wrap: anywhere; }
 .card .asked { color: var(--quiet); }
 .card .status { font-size: .75rem; color: var(--quiet); font-variant-numeric: tabular-nums; }
+.card .failed { color: #9b1111; }
+.dark .card .failed { color: #ffb9b9; }
 .card .cursor { display: inline-block; width: .5em; height: 1em; margin-left: 1px; vertical-align: -.12em;
   background: var(--lively); opacity: .7; }
 """

@@ -11,13 +11,13 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
 
 from command_line import UsageError
-from generation import CachedModel, Sampler, generate
+from generation import CachedModel, LogitsError, Sampler, generate
 from response import Response, encode_prompt
 from tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class Model:
     name: str
     engine: CachedModel
     tokenizer: Tokenizer
-    eos_id: int | None
+    eos_ids: Collection[int]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Answer:
         decode_seconds: For all that followed, sampling included.
         is_done: Whether there will be no more.
         is_stopped: Whether somebody wanted no more.
+        error: Why the model could not go on; None if it could.
     """
 
     text: str = ""
@@ -82,6 +83,7 @@ class Answer:
     decode_seconds: float = 0.0
     is_done: bool = False
     is_stopped: bool = False
+    error: str | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -99,7 +101,8 @@ def answers(models: Sequence[Model], prompt: str, sampling: Sampling, stop: Even
         stop: Once it is set, the answers end after the token that is under way.
 
     Yields:
-        The answers so far, in the order of ``models``, after every turn. In the last ones all are done.
+        The answers so far, in the order of ``models``, after every turn. In the last ones all are done. A model whose
+        numbers are not finite is done, with an error; the others go on.
 
     Raises:
         UsageError: the prompt cannot be used, before anything is computed.
@@ -122,7 +125,7 @@ class _Player:
 
     def __init__(self, model: Model, ids: list[int], sampling: Sampling) -> None:
         self.answer = Answer()
-        self._response = Response(model.tokenizer, (), model.eos_id)
+        self._response = Response(model.tokenizer, (), model.eos_ids)
         self._done: set[int] = set()
         self._steps = generate(model.engine, [ids], [sampling.sampler()], sampling.max_new_tokens, self._done)
 
@@ -142,7 +145,12 @@ class _Player:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        drawn = next(self._steps, None)
+        try:
+            drawn = next(self._steps, None)
+        except LogitsError as error:
+            self._finish()
+            self.answer = replace(self.answer, error=str(error))
+            return
         seconds = time.perf_counter() - started
         if drawn is None:
             self._finish()

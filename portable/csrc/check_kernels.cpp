@@ -199,6 +199,13 @@ void check_draw(const Kernels& kernels, int64_t count, int64_t k) {
     expect("draw", kernels.name, double(draw(kernels, logits.data(), count, 0.0, 0.8, k, 0.9)), double(first), 0);
     const int64_t last = draw(kernels, logits.data(), count, 0.999999, 1e9, k, std::nullopt);
     expect("a draw's rank", kernels.name, double(largest(kernels, logits.data(), count, k).back()), double(last), 0);
+    for (const int64_t place : {int64_t{0}, count / 2, count - 1})
+        for (const float bad : {NAN, INFINITY}) {
+            std::vector<float> spoilt = logits;
+            spoilt[static_cast<size_t>(place)] = bad;
+            expect("no draw", kernels.name, double(draw(kernels, spoilt.data(), count, 0.5, 0.8, k, 0.9)),
+                   double(kNoNumbers), 0);
+        }
 }
 
 }  // namespace

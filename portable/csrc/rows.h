@@ -120,17 +120,28 @@ inline void finish(float* y, int64_t count, const float* bias, Activation activa
     }
 }
 
+// NaN where a block has one.
 inline void block_maxima(const float* x, int64_t count, int64_t block, float* maxima) {
     for (int64_t start = 0; start < count; start += block) {
         const int64_t end = smaller(start + block, count);
-        F largest = set1(-__builtin_inff());
+        F largest = set1(-__builtin_inff()), sums = zero();
         int64_t i = start;
-        for (; i + W <= end; i += W) largest = max(largest, load(x + i));
+        for (; i + W <= end; i += W) {
+            const F values = load(x + i);
+            largest = max(largest, values);
+            sums = add(sums, values);
+        }
         alignas(64) float lanes[W];
         store(lanes, largest);
-        float result = -__builtin_inff();
+        float result = -__builtin_inff(), total = sum(sums);
         for (int lane = 0; lane < W; ++lane) result = lanes[lane] > result ? lanes[lane] : result;
-        for (; i < end; ++i) result = x[i] > result ? x[i] : result;
+        for (; i < end; ++i) {
+            result = x[i] > result ? x[i] : result;
+            total += x[i];
+        }
+        // NaN is in no maximum, but in the sum; which infinities can spoil as well, or an overflow.
+        if (!(total - total == 0))
+            for (i = start; i < end; ++i) result = x[i] == x[i] ? result : x[i];
         maxima[start / block] = result;
     }
 }

@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from engine import config_of, load_model
 from evaluation import perplexity
+from generation import LogitsError
 from weight_loader import open_checkpoint
 
 
@@ -91,3 +92,21 @@ def test_nats_of_extreme_logits() -> None:
 def test_docstrings() -> None:
     results = doctest.testmod(perplexity)
     assert results.attempted >= 1 and results.failed == 0
+
+
+@pytest.mark.parametrize(("bad", "refused"), [(np.nan, True), (np.inf, True), (-np.inf, False)])
+def test_logits_that_are_no_numbers_are_refused(bad: float, refused: bool) -> None:
+    """Minus infinity rules a token out: it costs nothing unless the text has it."""
+
+    def logits_of(idx: np.ndarray) -> np.ndarray:
+        logits = np.zeros((*idx.shape, 5), np.float32)
+        logits[idx == 3, 4] = bad
+        return logits
+
+    ids = np.array([0, 1, 2, 3, 0, 1], np.int32)
+    if refused:
+        with pytest.raises(LogitsError, match="those after token 3 of the text"):
+            perplexity.negative_log_likelihoods(logits_of, 1, ids, 4, 2)
+    else:
+        nats = perplexity.negative_log_likelihoods(logits_of, 1, ids, 4, 2)
+        np.testing.assert_allclose(nats, np.log([5, 5, 5, 4, 5]))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from nvtripy_portable import sampling
 
@@ -85,3 +88,95 @@ def test_any_layout_and_type_of_logits() -> None:
     logits = np.array([[0, 9], [5, 9], [1, 9]])
     assert sampling.draw(logits[:, 0], 0.5, 0.1) == 1
     assert sampling.draw(logits[:, 0].astype(np.float32), 0.5, 0.1) == 1
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-300, 1e-45])
+@pytest.mark.parametrize("count", [3, 1000])
+def test_temperatures_near_zero_are_greedy(temperature: float, count: int) -> None:
+    logits = np.random.default_rng(count).uniform(-30, 30, count).astype(np.float32)
+    for top_k in (None, 2, 5):
+        for top_p in (None, 0.9):
+            for uniform in (0.0, 0.5, np.nextafter(1.0, 0.0)):
+                assert sampling.draw(logits, uniform, temperature, top_k, top_p) == logits.argmax()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0, np.nan], "the logit of token 1 is nan"),
+        ([np.inf, np.nan], "the logit of token 0 is inf"),
+        ([-np.inf, 3, np.inf], "the logit of token 2 is inf"),
+        ([-np.inf], "all logits are -inf"),
+        ([], "at least one logit"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_logits_without_probabilities_are_refused(values: list[float], message: str, dtype: type) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampling.draw(np.array(values, dtype), 0.5, 1.0)
+
+
+@pytest.mark.parametrize("place", [0, 127, 128, 700, 50175, 50176, 50256])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_bad_logit_among_many_is_found(place: int, value: float) -> None:
+    logits = np.zeros(50257, np.float32)
+    logits[place] = value
+    logits[(place + 1) % 50257] = -np.inf
+    for top_k in (1, 5, None):
+        with pytest.raises(ValueError, match=f"the logit of token {place} is {value}"):
+            sampling.draw(logits, 0.5, 1.0, top_k)
+
+
+SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 1.0, 1.0000001, -np.inf)
+FLOATS = st.one_of(st.sampled_from(SPECIAL), st.floats(-40, 40, width=32), st.floats(width=32))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    values=st.lists(FLOATS, max_size=40),
+    repeats=st.sampled_from((1, 1, 7, 40)),
+    dtype=st.sampled_from(("float32", "float32", "float64", "float16", "strided")),
+    uniform=st.floats(0, 1, exclude_max=True),
+    temperature=st.one_of(st.floats(0.05, 5), st.floats(0, 1e308, exclude_min=True)),
+    top_k=st.one_of(st.none(), st.integers(1, 10), st.integers(1, 2**62)),
+    top_p=st.one_of(st.none(), st.floats(0, 1, exclude_min=True)),
+)
+@example([1.0, 1.0], 7, "float32", 0.5, 1.0, 2**62, 1.0)
+@example([0.0, -np.inf, 3.4e38], 40, "float32", 0.5, 1e-308, None, 5e-324)
+@pytest.mark.skipif(native is None, reason="the native executor is not built")
+def test_both_ways_give_the_same(
+    values: list[float],
+    repeats: int,
+    dtype: str,
+    uniform: float,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    """To the last bit: neither ids nor errors ever differ."""
+    with np.errstate(over="ignore"):
+        wide = np.array(values * repeats, np.float32)
+        logits = np.repeat(wide, 2)[::2] if dtype == "strided" else wide.astype(dtype)
+    found = []
+    for module in (native, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_native", module)
+            try:
+                found.append(str(sampling.draw(logits, uniform, temperature, top_k, top_p)))
+            except ValueError as error:
+                found.append(str(error))
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(native is None, reason="the native executor is not built")
+@pytest.mark.parametrize("top_k", [None, 5, 600])
+def test_both_ways_give_the_same_for_a_whole_vocabulary(top_k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        logits = (random.standard_normal(50257) * 3).astype(np.float16).astype(np.float32)  # with many equals
+        uniform, temperature, top_p = random.random(), random.uniform(0.1, 3.0), random.choice([None, 0.5, 0.99])
+        found = []
+        for module in (native, None):
+            monkeypatch.setattr(sampling, "_native", module)
+            found.append(sampling.draw(logits, uniform, temperature, top_k, top_p))
+        assert found[0] == found[1]

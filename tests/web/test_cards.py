@@ -47,6 +47,11 @@ def test_answers_under_their_numbers() -> None:
     assert text_of(stopped, "speed") == ["\N{EN DASH}"]
 
 
+def test_an_error_is_its_models_own() -> None:
+    html = cards(FACTS, "", [Answer("a", 1, 0.001, is_done=True, error="not <finite>"), ANSWERS[0]])
+    assert text_of(html, "status") == ["not &lt;finite&gt;", "201 tokens · the first after 2.5 ms · done"]
+
+
 def test_a_line_is_one_line() -> None:
     assert line("a\n <b>", is_error=True) == '<p class="line error" role="alert">a &lt;b&gt;</p>'
     assert 'role="status"' in line("Seed 1")

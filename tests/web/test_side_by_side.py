@@ -26,7 +26,7 @@ SCRIPT = "Whether 'tis nobler — said he — in the mind to suffer"
 def model_of(folder: Path) -> Model:
     checkpoint = open_checkpoint(folder)
     tokenizer = load_tokenizer(folder, checkpoint.config.vocab_size)
-    return Model(folder.name, open_engine(checkpoint, "float32", 1), tokenizer, checkpoint.config.eos_token_id)
+    return Model(folder.name, open_engine(checkpoint, "float32", 1), tokenizer, checkpoint.config.eos_token_ids)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
 
 def alone(model: Model, prompt: str, sampling: Sampling) -> str:
     """What the model says alone, by the decode loop that example.py uses."""
-    response, text, done = Response(model.tokenizer, (), model.eos_id), "", set[int]()
+    response, text, done = Response(model.tokenizer, (), model.eos_ids), "", set[int]()
     ids = model.tokenizer.encode(prompt)
     for drawn in generate(model.engine, [ids], [sampling.sampler()], sampling.max_new_tokens, done):
         text += response.push(drawn[0][1])
@@ -89,7 +89,7 @@ def test_a_clock_runs_in_its_models_own_turns(models: list[Model], monkeypatch: 
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     tokenizer = models[0].tokenizer
-    fast, slow = (Model(f"{seconds}", Clocked(clock, seconds), tokenizer, EOS) for seconds in (2**-8, 0.25))
+    fast, slow = (Model(f"{seconds}", Clocked(clock, seconds), tokenizer, (EOS,)) for seconds in (2**-8, 0.25))
     found = list(answers([slow, fast], "four", Sampling(0, max_new_tokens=11), Event()))
     first, second = found[-1]
     assert (first.first_token_seconds, second.first_token_seconds) == (1.0, 2**-6), "four tokens of prompt"
@@ -99,6 +99,25 @@ def test_a_clock_runs_in_its_models_own_turns(models: list[Model], monkeypatch: 
     assert turns[0] == 10, "until its clock has run for the time of a turn"
     assert [first.tokens for first, _ in found[:4:2]] == [1, 2], "a token at least"
     assert Answer(tokens=1, first_token_seconds=1.0).tokens_per_second is None
+
+
+class Failing(Clocked):
+    """A model whose numbers are not finite from its third token on."""
+
+    def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return super().step(idx, position, last) * np.float32(np.nan if position[0] >= 5 else 1)
+
+
+def test_a_model_without_numbers_is_done_and_the_others_go_on(models: list[Model]) -> None:
+    tokenizer = models[0].tokenizer
+    failing = Model("failing", Failing([0.0], 0.0), tokenizer, ())
+    *_, (first, second) = answers([failing, models[0]], SCRIPT[:4], Sampling(0, max_new_tokens=20), Event())
+    assert first.is_done and first.tokens == 2 and first.text == "AA"
+    assert first.error is not None and "not finite" in first.error
+    assert second.error is None and second.text == SCRIPT[4:][: len(second.text)] and second.tokens == 20
+    states = list(Comparison([failing, models[0]]).start("page", SCRIPT[:4], 1, 0.0, 5, 20))
+    assert not any(state.is_error for state in states) and states[-1].answers is not None
+    assert states[-1].answers[0].error == first.error
 
 
 def test_stopped_answers_stay_as_they_are(models: list[Model], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +140,8 @@ def test_prompts_that_cannot_be_used(models: list[Model]) -> None:
         return str(caught.value)
 
     assert "expected a prompt but got an empty one" in refused("", models)
-    assert refused("x" * 64, models[:1]) == "expected a prompt of at most 63 tokens (the context is 64) but got 64"
-    assert refused("x" * 64, models).startswith("reciting: expected a prompt of at most 63 tokens")
+    assert refused("x" * 65, models[:1]) == "expected a prompt of at most 64 tokens, the model's context, but got 65"
+    assert refused("x" * 65, models).startswith("reciting: expected a prompt of at most 64 tokens")
 
     class Alphabet:
         def encode(self, text: str) -> list[int]:

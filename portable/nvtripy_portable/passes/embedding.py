@@ -8,7 +8,7 @@ from nvtripy_portable.dims import Dim
 from nvtripy_portable.elements import Elements, axis, within
 from nvtripy_portable.graph import Graph, Operation, Value
 from nvtripy_portable.inequalities import add
-from nvtripy_portable.rewrite import FLOATS, Any, Bound, Constant, Op, Rule, apply, constant, is_float_cast
+from nvtripy_portable.rewrite import FLOATS, Any, Bound, Cast, Constant, Op, Rule, apply, constant, is_float_cast
 
 
 def run(graph: Graph) -> None:
@@ -27,12 +27,12 @@ def run(graph: Graph) -> None:
     apply(graph, [*rules, cast])
 
 
-def _rows(what: str) -> dict[str, Op]:
+def _rows(what: str) -> dict[str, Cast]:
     """A look-up in a table, in its two forms."""
     table, scale, indices = Constant(f"{what}_table"), Constant(f"{what}_scale"), Any(f"{what}_indices")
     return {
-        "float": Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows"),
-        "quantized": Op("quantized_rows", table, scale, indices, name=f"{what}_rows"),
+        "float": Cast(Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows")),
+        "quantized": Cast(Op("quantized_rows", table, scale, indices, name=f"{what}_rows")),
     }
 
 
@@ -55,7 +55,7 @@ def _embedding(
     rows, result = bound.operations["token_rows"], bound.operations["element_wise"].results[0]
     idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
     assert idx is not None and table is not None
-    if idx.type.rank != 2 or rows.results[0].type != result.type or result.type.dtype not in FLOATS:
+    if idx.type.rank != 2 or rows.results[0].type.shape != result.type.shape or result.type.dtype not in FLOATS:
         return None
     if rows.kind == "gather" and (table.type.rank != 2 or table.type.dtype not in FLOATS):
         return None
