@@ -1,4 +1,4 @@
-"""Damaged config.json and generation_config.json: what transformers makes of them, or one line."""
+"""Damaged config.json, generation_config.json, hf_quant_config.json: what transformers makes of them, or one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import fuzzing, mutated_json
-from tiny_checkpoints import EOS, random_checkpoint
+from quantized_folders import quantized_folder
+from tiny_checkpoints import EOS, VOCABULARY, random_checkpoint
 
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
@@ -136,3 +137,49 @@ def test_config_json(tmp_path: Path) -> None:
 
     fuzz()
     assert accepted > 400 and len(compared) >= 4
+
+
+def test_generation_config_json(tmp_path: Path) -> None:
+    """Which ids end a text, as transformers reads them; one that the vocabulary lacks ends none."""
+    folder = random_checkpoint(tmp_path / "sound")
+    path = folder / "generation_config.json"
+    sound = transformers.GenerationConfig(eos_token_id=[EOS, 3], bos_token_id=EOS, do_sample=True, top_k=5).to_dict()
+    accepted = 0
+
+    @fuzzing(2000)
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        nonlocal accepted
+        path.write_bytes(mutated_json(data.draw, sound, WORDS))
+        checkpoint = opened(folder)
+        if checkpoint is None:
+            return
+        accepted += 1
+        ends = transformers.GenerationConfig(
+            eos_token_id=json.loads(path.read_bytes()).get("eos_token_id")
+        ).eos_token_id
+        listed = ends if isinstance(ends, list) else [ends]
+        assert checkpoint.config.eos_token_ids == tuple(sorted({end for end in listed if end in range(VOCABULARY)}))
+
+    fuzz()
+    assert accepted > 400
+
+
+def test_hf_quant_config_json(tmp_path: Path) -> None:
+    """The description of a quantized folder: what is accepted loads to its last scale."""
+    folder = quantized_folder(tmp_path / "sound", "int4-weight-only")
+    path = folder / "hf_quant_config.json"
+    sound = json.loads(path.read_text())
+    words = ["quantization", "quant_algo", "kv_cache_quant_algo", "group_size", "has_zero_point", "pre_quant_scale"]
+    words += ["quantized_layers", "MIXED_PRECISION", "W4A16_AWQ", "W8A16", "FP8", "INT8", "W8A8_SQ_PER_CHANNEL"]
+    accepted = 0
+
+    @fuzzing(2000)
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        nonlocal accepted
+        path.write_bytes(mutated_json(data.draw, sound, words))
+        accepted += opened(folder) is not None
+
+    fuzz()
+    assert accepted > 50
