@@ -82,6 +82,7 @@ def llmcompressors(
     return result[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [None, 32, 96])
 @pytest.mark.parametrize("bits", gptq.BITS)
 @pytest.mark.parametrize("seed", range(2))

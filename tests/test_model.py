@@ -73,7 +73,7 @@ def configurations(draw: st.DrawFn) -> dict[str, object]:
 
 
 @settings(
-    max_examples=12,
+    max_examples=6,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -19,6 +19,7 @@ import nvtripy as tp
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from selection import partly_slow
 from test_model import relative_error, save_random, stateless_logits
 
 import modelopt_layout
@@ -51,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8 cache": {"kv_cache_dtype": "fp8"},
     "int4-weight-only, fp8 cache": {"mode": "int4-weight-only", "kv_cache_dtype": "fp8"},
 }
+QUICK = ("int8-weight-only", "int4-weight-only", "fp8, head", "int8-smoothquant, all")
 MODES = ("int8-weight-only", "int4-weight-only", "fp8", "int8-smoothquant")
 
 
@@ -102,13 +104,17 @@ def error_of(quantized: Quantized, checkpoint: Checkpoint | None = None, dtype: 
     return relative_error(stateless_logits(gpt, quantized.idx), quantized.logits)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", partly_slow(CASES, QUICK.__contains__))
 def test_embedded_checkpoint(embedded: Callable[[str], Quantized], case: str) -> None:
     assert error_of(embedded(case)) <= tolerance(case)
 
 
 @pytest.mark.parametrize(
-    "case", ["int8-weight-only", "full int8", "int4-weight-only, fp8 cache", "fp8, head", "int8-smoothquant"]
+    "case",
+    partly_slow(
+        ["int8-weight-only", "full int8", "int4-weight-only, fp8 cache", "fp8, head", "int8-smoothquant"],
+        "fp8, head".__eq__,
+    ),
 )
 def test_cached_steps(embedded: Callable[[str], Quantized], case: str) -> None:
     """Prefill and single steps give what ModelOpt's model gives without a cache."""
@@ -196,7 +202,7 @@ def test_mistakes_show(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", partly_slow(CASES, QUICK.__contains__))
 def test_the_graph_finds_the_stored_numbers_again(embedded: Callable[[str], Quantized], case: str, dtype: str) -> None:
     """What the loader dequantizes, the graph quantizes to the same integers, in every type that the model may have."""
     checkpoint = open_checkpoint(embedded(case).folder)

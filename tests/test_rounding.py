@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from selection import partly_slow
 from test_model import relative_error, stateless_logits
 from test_quantization import TEXT, dequantize, make_checkpoint, read_tensors
 
@@ -84,7 +85,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rounded
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", partly_slow(CASES, ("rtn, int4", "gptq, int4, 96").__contains__))
 def test_the_folder_holds_the_integers(rounded: Callable[[str], Rounded], case: str) -> None:
     """What the exporter stores is what gptq.py found, and both files say how."""
     settings, block, algorithm = CASES[case]
@@ -308,7 +309,7 @@ def test_calibration_text_that_is_too_short(capsys: pytest.CaptureFixture[str], 
 
 
 def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """They make inputs that are not, which is found first, in the layer that meets them first."""
+    """They are named before anything is computed."""
     pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
     from safetensors.numpy import load_file, save_file
 
@@ -320,8 +321,7 @@ def test_weights_that_are_not_finite(capsys: pytest.CaptureFixture[str], tmp_pat
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["--model-type", str(checkpoint.path), "--calib-data", str(tmp_path / "text.txt")]
     assert quantization.main([*arguments, "--output", str(tmp_path / "out"), "--method=gptq", "--bits=4"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
-    assert "expected finite inputs of h.0.attn.c_attn in calibration but its Hessian holds nan" in error
+    assert "expected finite weights but transformer.wte.weight holds" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -235,10 +235,15 @@ def parse_merges(source: Path, merges: object) -> list[tuple[str, str]]:
 
 def listed_tokens(source: Path, raw: dict[str, Any]) -> list[AddedToken]:
     """The added tokens of a tokenizer.json, in its order, which with the vocabulary decides their ids."""
+    return [parse_token(source, token) for token in raw_tokens(source, raw)]
+
+
+def raw_tokens(source: Path, raw: dict[str, Any]) -> list[Any]:
+    """The added tokens of a tokenizer.json as they are written there."""
     listed = raw.get("added_tokens") or []
     if not isinstance(listed, list):
         raise CheckpointError(f"{source}: expected added_tokens to be a list, got {shown(listed)}")
-    return [parse_token(source, token) for token in listed]
+    return listed
 
 
 def parse_token(source: Path, token: object) -> AddedToken:

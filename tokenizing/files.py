@@ -142,6 +142,7 @@ def _add_special_tokens(
     source = folder / "tokenizer_config.json"
     settings = dict(settings)
     _rename_additional(settings)
+    _check_extra(source, settings)
     own = {key: settings.pop(key) for key in list(settings) if _names_own_token(key, settings[key])}
     own |= _popped_dict(settings, "extra_special_tokens")
     if own:
@@ -158,13 +159,14 @@ def _add_special_tokens(
             by_id[int(id)] = parse_token(source, token)
     else:
         _read_special_tokens_map(folder / "special_tokens_map.json", settings)
+        _check_extra(folder / "special_tokens_map.json", settings)
         more = _values(settings.get("extra_special_tokens"))
         named = {_content(settings.get(key)) for key in _SPECIAL} | {_content(token) for token in more}
         for content, id in _read_if_there(folder / "added_tokens.json").items():
             if type(id) is not int:
                 raise CheckpointError(f"{folder / 'added_tokens.json'}: expected ids by token, got {shown(id)}")
             by_id[id] = AddedToken(content, normalized=content not in named, special=content in named)
-        for token in _values((raw or {}).get("added_tokens")):
+        for token in raw_tokens(folder / "tokenizer.json", raw or {}):
             by_id[_json_id(folder, token)] = parse_token(folder / "tokenizer.json", token)
 
     by_content = {token.content: token for _, token in by_id.items()}
@@ -202,6 +204,13 @@ def _rename_additional(settings: dict[str, Any], always: bool = False) -> None:
     is_free = "extra_special_tokens" not in settings if always else not settings.get("extra_special_tokens")
     if "additional_special_tokens" in settings and is_free:
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
+
+
+def _check_extra(source: Path, settings: dict[str, Any]) -> None:
+    """Refuse extra tokens that are neither listed nor named, as transformers does."""
+    value = settings.get("extra_special_tokens")
+    if value is not None and not isinstance(value, (list, dict)):
+        raise CheckpointError(f"{source}: expected extra_special_tokens to be a list or named, got {shown(value)}")
 
 
 def _names_own_token(key: str, value: object) -> bool:

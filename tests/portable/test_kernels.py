@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fused_graphs import WEIGHT_DTYPES, Shape, add_input, constant, linear_graph, model_graph, random_weight
+from selection import partly_slow
 
 from nvtripy_portable import interpreter, reference
 from nvtripy_portable.cpu.executor import Executor
@@ -235,7 +236,7 @@ def test_embedding_takes_indices_as_numpy_does(isa: str, tables: str, places: st
         check(graph, [ids[:, :1], np.array([19, 0], np.int32)], EXACT)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", partly_slow(TOKENS, (1, 3, 8, 17).__contains__))
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
     [

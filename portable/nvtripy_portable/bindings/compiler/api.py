@@ -68,7 +68,8 @@ class PluginFieldInfo:
 
 
 def get_tensorrt_plugin_field_schema(name: str, version: str, namespace: str, extra: str) -> dict[str, PluginFieldInfo]:
+    # nvtripy imports `tensorrt` for the first plug-in of a process alone; the later ones come this far.
     raise NotImplementedError(
-        f"TensorRT plug-in {name!r} (version {version}) cannot run on the portable runtime: "
-        "plug-ins are compiled for TensorRT"
+        "TensorRT plug-ins need NVIDIA's tensorrt package: the portable runtime cannot run "
+        f"{name!r} (version {version})"
     )

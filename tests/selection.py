@@ -1,0 +1,16 @@
+"""Which of many cases `make test` runs; `make test-all` runs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+
+def partly_slow(cases: Iterable[Any], is_quick: Callable[[Any], bool]) -> list[Any]:
+    """For `pytest.mark.parametrize`: the cases, of which those that are not quick are marked slow."""
+    return [
+        case if is_quick(case) else pytest.param(*case if isinstance(case, tuple) else (case,), marks=pytest.mark.slow)
+        for case in cases
+    ]
