@@ -23,6 +23,7 @@ from tokenizing.description import (
     parse_rules,
     parse_token,
     parse_vocabulary,
+    raw_tokens,
     shown,
 )
 from weight_loader import CheckpointError, read_json
