@@ -551,7 +551,7 @@ any_tokens = st.lists(st.one_of(st.sampled_from([*b"aab", *"é€".encode()]), s
 def test_response_never_shows_what_it_must_take_back(
     byte_tokenizer: tokenizer.Tokenizer, tokens: list[int], stops: list[str]
 ) -> None:
-    response = Response(byte_tokenizer, stops, EOS)
+    response = Response(byte_tokenizer, stops, {EOS})
     shown = ""
     for token in tokens:
         shown += response.push(token)

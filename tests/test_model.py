@@ -138,6 +138,7 @@ def test_124m_equals_transformers(gpt2_size: tuple[Path, np.ndarray, np.ndarray]
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("by_size", [True, False])
+@pytest.mark.slow
 def test_scales_of_attention_scores(tmp_path: Path, by_size: bool, by_layer: bool, dtype: str) -> None:
     """Stanford's GPT-2s divide by the layer's number; reorder_and_upcast_attn changes the rounding alone."""
     reference_model = save_random(

@@ -83,6 +83,7 @@ def test_modes_are_accepted(mode: str | None) -> None:
 
 @pytest.mark.parametrize("inputs", ["stateless", "without last", "cached"])
 @pytest.mark.parametrize(("dtype", "cache"), list(zip(DTYPES, CACHES, strict=True)))
+@pytest.mark.slow
 def test_caches_and_types_are_accepted(dtype: str, cache: str | None, inputs: str) -> None:
     assert_accepted(inputs, dtype=dtype, kv_cache_dtype=cache)
 

@@ -364,7 +364,7 @@ def results(tiny: Checkpoint, text_file: Path, tmp_path_factory: pytest.TempPath
     return get
 
 
-@pytest.mark.parametrize("case", partly_slow(CASES, QUICK.__contains__))
+@pytest.mark.parametrize("case", partly_slow(CASES, QUICK))
 def test_the_files_alone_give_modelopts_logits(modelopt: None, results: Callable[[str], Result], case: str) -> None:
     result = results(case)
     error = relative_error(logits(reader(result.folder)), result.logits)
@@ -433,7 +433,7 @@ def test_layout_of_a_layer(modelopt: None, results: Callable[[str], Result], cas
     assert {name: (str(tensor.dtype), tensor.shape) for name, tensor in layer.items()} == expected
 
 
-@pytest.mark.parametrize("case", partly_slow(CASES, QUICK.__contains__))
+@pytest.mark.parametrize("case", partly_slow(CASES, QUICK))
 def test_only_what_is_asked_for_is_quantized(
     modelopt: None, tiny: Checkpoint, results: Callable[[str], Result], case: str
 ) -> None:
@@ -460,7 +460,7 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("case", partly_slow(CASES, QUICK.__contains__))
+@pytest.mark.parametrize("case", partly_slow(CASES, QUICK))
 def test_both_json_files_name_the_algorithms(modelopt: None, results: Callable[[str], Result], case: str) -> None:
     folder, settings = results(case).folder, CASES[case]
     description = json.loads((folder / "hf_quant_config.json").read_text())
@@ -476,9 +476,7 @@ def test_both_json_files_name_the_algorithms(modelopt: None, results: Callable[[
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
-@pytest.mark.parametrize(
-    "case", partly_slow([c for c in CASES if CASES[c].get("kv_cache_dtype") != "int8"], QUICK.__contains__)
-)
+@pytest.mark.parametrize("case", partly_slow([c for c in CASES if CASES[c].get("kv_cache_dtype") != "int8"], QUICK))
 def test_the_folder_is_what_modelopts_exporter_writes(
     modelopt: None, tiny: Checkpoint, config: Callable[..., QuantizationConfig], tmp_path: Path, case: str
 ) -> None:
@@ -632,7 +630,7 @@ def changed(checkpoint: Checkpoint) -> Iterator[dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("settings", [{}, {"per_channel": True, "per_token": True}], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
-    "pruned", partly_slow(["a feature", "all but one feature", "a layer", "nearly a feature"], "a feature".__eq__)
+    "pruned", partly_slow(["a feature", "all but one feature", "a layer", "nearly a feature"], ["a feature"])
 )
 def test_smoothquant_of_a_pruned_model(
     modelopt: None, config: Callable[..., QuantizationConfig], tmp_path: Path, pruned: str, settings: dict[str, bool]

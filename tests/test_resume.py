@@ -78,6 +78,7 @@ train.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_nothing_had_happened(dataset: Path, trained: Path, tmp_path: Path) -> None:
     """Bit for bit: weights, moving average, every reported loss; with dropout, BPE-dropout and short windows."""
     step = int(np.random.default_rng().integers(11, 59))

@@ -85,7 +85,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rounded
     return get
 
 
-@pytest.mark.parametrize("case", partly_slow(CASES, ("rtn, int4", "gptq, int4, 96").__contains__))
+@pytest.mark.parametrize("case", partly_slow(CASES, ("rtn, int4", "gptq, int4, 96")))
 def test_the_folder_holds_the_integers(rounded: Callable[[str], Rounded], case: str) -> None:
     """What the exporter stores is what gptq.py found, and both files say how."""
     settings, block, algorithm = CASES[case]
@@ -345,6 +345,7 @@ def test_another_method_has_another_place_in_the_cache() -> None:
     assert quantization.cache_name(checkpoint, same) == names[1]
 
 
+@pytest.mark.slow
 def test_example_quantizes_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

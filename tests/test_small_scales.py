@@ -84,6 +84,7 @@ def test_of_layers(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["a head of its own", "a tied head", "both embeddings"])
+@pytest.mark.slow
 def test_of_heads_and_embeddings(tmp_path: Path, which: str) -> None:
     folder = quantized_folder(tmp_path / "folder", "int8-weight-only")
     random = np.random.default_rng(5)
@@ -115,7 +116,8 @@ def test_of_a_cache(tmp_path: Path, kv_cache: str) -> None:
     check(edit(quantized_folder(tmp_path / "folder", "int8-weight-only"), change, kv_cache), 5e-3)
 
 
-@pytest.mark.parametrize("mode", partly_slow(MODES, MODES[:2].__contains__))
+@pytest.mark.parametrize("mode", partly_slow(MODES, MODES[:2]))
+@pytest.mark.slow
 def test_of_zeros_do_not_count(tmp_path: Path, mode: str) -> None:
     """Rows and blocks of zeros have scales of zero, or nearly so; they change nothing for the others."""
 
@@ -137,7 +139,7 @@ def test_of_zeros_do_not_count(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("kv_cache", ["INT8", "FP8"])
 @pytest.mark.parametrize(
     ("zero", "dtype"),
-    partly_slow([("k", "float16"), ("v", "float32"), ("kv", "float16"), ("kv", "bfloat16")], ("k", "float16").__eq__),
+    partly_slow([("k", "float16"), ("v", "float32"), ("kv", "float16"), ("kv", "bfloat16")], [("k", "float16")]),
 )
 def test_of_zero_for_keys_and_values(tmp_path: Path, kv_cache: str, zero: str, dtype: str) -> None:
     """As calibration leaves them where all keys or values are zero; nothing is lost by rounding those."""
@@ -175,7 +177,7 @@ def test_of_zero_for_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("value", partly_slow([np.nan, np.inf], np.isinf))
+@pytest.mark.parametrize("value", partly_slow([np.nan, np.inf], [np.inf]))
 def test_that_are_not_finite_are_named(tmp_path: Path, mode: str, value: float) -> None:
     good = quantized_folder(tmp_path / "folder", mode)
     scales = [name for name in stored(good) if name.endswith("_scale")]

@@ -157,6 +157,7 @@ def test_variants(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["t", "c", "b"])
+@pytest.mark.slow
 def test_dimensions_may_have_any_name(name: str) -> None:
     tokens = tp.NamedDimension(name, *TOKENS)
     infos = [tp.InputInfo((B, tokens, 3 * E), dtype=tp.float32)]
@@ -299,6 +300,7 @@ def test_a_layer_without_attention_stays_as_it_is() -> None:
     ],
     ids=["later", "first row only", "another row", "layers swapped", "a layer twice", "mask", "not returned"],
 )
+@pytest.mark.slow
 def test_other_caches_are_left_alone(program: Callable[..., Any]) -> None:
     fused, plain = both(program, *infos())
     assert "attention" not in kinds(fused), fused

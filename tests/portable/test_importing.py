@@ -134,6 +134,7 @@ def test_the_stand_in_for_tensorrt_does_not_outlive_the_import() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+@pytest.mark.slow
 def test_torch_compiles_after_the_import() -> None:
     # torch._dynamo probes for TensorRT with find_spec, which raises where a module without a spec is in the way.
     code = """

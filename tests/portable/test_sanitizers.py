@@ -24,11 +24,12 @@ def has_sanitizers(folder: Path) -> bool:
 
 @pytest.mark.skipif(not (shutil.which("c++") and shutil.which("cmake")), reason="needs a C++ compiler and CMake")
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
     if not has_sanitizers(tmp_path):
         pytest.skip("the compiler has no sanitizers")
     done = subprocess.run(
-        [PORTABLE / "csrc" / "sanitize.sh", tmp_path / "build"], capture_output=True, text=True, timeout=500
+        [PORTABLE / "csrc" / "sanitize.sh", tmp_path / "build"], capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") >= 2

@@ -121,6 +121,7 @@ def test_vocab_and_merges_alone(checkpoint: Write, learned: dict[str, Any], tmp_
 
 
 @pytest.mark.skipif(not TIKTOKEN_FILES.is_dir(), reason=f"GPT-2's vocabulary is not at {TIKTOKEN_FILES}")
+@pytest.mark.slow
 def test_gpt2s_own_without_files(checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(TIKTOKEN_FILES))
     folder = checkpoint(config={"model_type": "gpt2"})
