@@ -235,12 +235,12 @@ def parse_merges(source: Path, merges: object) -> list[tuple[str, str]]:
 
 def listed_tokens(source: Path, raw: dict[str, Any]) -> list[AddedToken]:
     """The added tokens of a tokenizer.json, in its order, which with the vocabulary decides their ids."""
-    return [parse_token(source, token) for token in raw_tokens(source, raw)]
+    return [parse_token(source, token) for token in raw_tokens(source, raw)] if "added_tokens" in raw else []
 
 
 def raw_tokens(source: Path, raw: dict[str, Any]) -> list[Any]:
     """The added tokens of a tokenizer.json as they are written there."""
-    listed = raw.get("added_tokens") or []
+    listed = raw.get("added_tokens")
     if not isinstance(listed, list):
         raise CheckpointError(f"{source}: expected added_tokens to be a list, got {shown(listed)}")
     return listed

@@ -167,7 +167,7 @@ def _add_special_tokens(
             if type(id) is not int:
                 raise CheckpointError(f"{folder / 'added_tokens.json'}: expected ids by token, got {shown(id)}")
             by_id[id] = AddedToken(content, normalized=content not in named, special=content in named)
-        for token in raw_tokens(folder / "tokenizer.json", raw or {}):
+        for token in raw_tokens(folder / "tokenizer.json", raw) if raw is not None else []:
             by_id[_json_id(folder, token)] = parse_token(folder / "tokenizer.json", token)
 
     by_content = {token.content: token for _, token in by_id.items()}
