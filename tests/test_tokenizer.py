@@ -637,7 +637,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decoder": {"type": "WordPiece"}}, "decoder.type='WordPiece'"),
     ({"post_processor": {"type": "TemplateProcessing"}}, "a post_processor that adds tokens"),
     ({"post_processor": {"type": "Sequence", "processors": [{"type": "BertProcessing"}]}}, "post_processor that adds"),
-    ({"added_tokens": {}, "model__ignore_merges": True}, "ignore_merges"),
+    ({"added_tokens": [], "model__ignore_merges": True}, "ignore_merges"),
     ({"added_tokens": [{"content": "<m>", "id": 390, "lstrip": 3}]}, "expected lstrip to be true or false, got 3"),
     ({"pre_tokenizer": {"type": "ByteLevel"}}, "expected add_prefix_space to be true or false, got None"),
     ({"added_tokens": [{"content": "\ud800", "id": 390}]}, "the lone surrogate '\\ud800'"),
