@@ -1,6 +1,8 @@
-// Runs the kernels over odd shapes on every instruction set of this CPU, on one to three threads, each array in an
-// allocation of its own: what the sanitizers are to look at. Says what differs from plain loops; ends with 1 if anything
-// does. The thorough comparison is tests/portable/test_kernels.py.
+// Runs the kernels over odd shapes on every instruction set of this CPU, and those that are emulated, or on those that are
+// named, on one to three threads, each array in an allocation of its own: what the sanitizers are to look at. Says what differs
+// from plain loops; ends with 1 if anything does. The thorough comparison is tests/portable/test_kernels.py.
+//
+//     check_kernels [INSTRUCTION_SET...]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -12,6 +14,7 @@
 #include "isa.h"
 #include "program.h"
 #include "sampling.h"
+#include "tuning.h"
 
 using namespace nvtripy_portable;
 
@@ -77,11 +80,13 @@ void expect(const char* what, const char* isa, double got, double wanted, double
     if (++failures < 20) std::printf("%s on %s: expected %g but got %g\n", what, isa, wanted, got);
 }
 
+// With a gate of relu2, so that plain loops say easily what comes of it.
 void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t rows, int64_t width, int64_t block,
-                  bool takes_integers = false) {
+                  bool takes_integers = false, bool is_gated = false) {
+    const int64_t columns = is_gated ? 2 * width : width;
     const Stored weight = stored(dtype, rows, width);
     const int64_t blocks = block ? width / block : 1;
-    const std::vector<float> scales = floats(rows * blocks), bias = floats(rows), x = floats(tokens * width);
+    const std::vector<float> scales = floats(rows * blocks), bias = floats(rows), x = floats(tokens * columns);
     Operation linear;
     linear.x = 0;
     linear.y = 1;
@@ -89,7 +94,13 @@ void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t r
     linear.weight = {weight.bytes.data(), dtype, rows, width, scales.data(), blocks, block, false};
     linear.bias = bias.data();
     linear.takes_integers = takes_integers;
-    Program program(kernels, {linear}, {kNone, kNone}, {width, rows}, {0}, {1});
+    if (is_gated) linear.stage.gate = Activation::relu2;
+    Program program(kernels, {linear}, {kNone, kNone}, {columns, rows}, {0}, {1});
+    const auto input = [&](int64_t t, int64_t i) {
+        const float first = x[static_cast<size_t>(t * columns + i)];
+        if (!is_gated) return double(first);
+        return first < 0 ? 0.0 : double(first) * first * x[static_cast<size_t>(t * columns + width + i)];
+    };
     std::vector<float> y(static_cast<size_t>(tokens * rows));
     program.run({}, {}, {{const_cast<float*>(x.data()), 1, tokens}}, {{y.data(), 1, tokens}});
     for (int64_t t = 0; t < tokens; ++t)
@@ -97,7 +108,7 @@ void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t r
             double sum = bias[static_cast<size_t>(n)], size = 1;
             for (int64_t i = 0; i < width; ++i) {
                 const double term = double(weight.numbers[static_cast<size_t>(n * width + i)]) *
-                                    x[static_cast<size_t>(t * width + i)] *
+                                    input(t, i) *
                                     scales[static_cast<size_t>(n * blocks + (block ? i / block : 0))];
                 sum += term;
                 size += std::fabs(term);
@@ -106,9 +117,16 @@ void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t r
         }
 }
 
-void check_attention(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t context, int64_t size, int32_t first) {
-    const int64_t batch = 2, heads = 3, width = heads * size;
-    const std::vector<float> qkv = floats(batch * tokens * 3 * width);
+// What is special about a relative's attention.
+struct Relative {
+    int64_t heads, groups, window, half;
+};
+
+void check_attention(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t context, int64_t size, int32_t first,
+                     const Relative& relative = {3, 3, 0, 0}) {
+    const auto [heads, groups, window, half] = relative;
+    const int64_t batch = 2, width = heads * size, stride = (heads + 2 * groups) * size;
+    const std::vector<float> qkv = floats(batch * tokens * stride), frequencies = floats(half);
     std::vector<int32_t> position = {first, 0};
     Operation attention;
     attention.kind = Kind::attention;
@@ -117,27 +135,38 @@ void check_attention(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_
     attention.position = 0;
     attention.cache = 0;
     attention.heads = heads;
+    attention.groups = groups;
     attention.head_size = size;
+    attention.window = window;
+    attention.frequencies = half ? frequencies.data() : nullptr;
+    attention.half = half;
     const int64_t number = dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2;
-    std::vector<uint8_t> cache(static_cast<size_t>(2 * batch * width * context * number));
-    Program program(kernels, {attention}, {kNone, kNone}, {3 * width, width}, {0}, {1});
+    std::vector<uint8_t> cache(static_cast<size_t>(2 * batch * groups * size * context * number));
+    Program program(kernels, {attention}, {kNone, kNone}, {stride, width}, {0}, {1});
     std::vector<float> y(static_cast<size_t>(batch * tokens * width));
-    program.run({{position.data(), batch, 1}}, {{cache.data(), dtype, 1, batch, heads, context, size}},
+    program.run({{position.data(), batch, 1}}, {{cache.data(), dtype, 1, batch, groups, context, size}},
                 {{const_cast<float*>(qkv.data()), batch, tokens}}, {{y.data(), batch, tokens}});
     if (dtype != Dtype::f32) return;
     // The second sequence begins: token t sees tokens 0 to t.
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t h = 0; h < heads; ++h) {
-            const auto at = [&](int64_t token, int64_t part, int64_t d) {
-                return double(qkv[static_cast<size_t>(((tokens + token) * 3 + part) * width + h * size + d)]);
+            const int64_t key = heads + h / (heads / groups);
+            const auto at = [&](int64_t token, int64_t number, int64_t d) {
+                const auto stored = [&](int64_t i) {
+                    return double(qkv[static_cast<size_t>((tokens + token) * stride + number * size + i)]);
+                };
+                if (number >= heads + groups || d >= 2 * half) return stored(d);
+                const float angle = static_cast<float>(token) * frequencies[static_cast<size_t>(d % half)];
+                const double partner = d < half ? -stored(d + half) : stored(d - half);
+                return stored(d) * std::cos(double(angle)) + partner * std::sin(double(angle));
             };
             std::vector<double> sums(static_cast<size_t>(size));
             double total = 0;
-            for (int64_t j = 0; j <= std::min(t, context - 1); ++j) {
+            for (int64_t j = window ? std::max<int64_t>(t + 1 - window, 0) : 0; j <= std::min(t, context - 1); ++j) {
                 double score = 0;
-                for (int64_t d = 0; d < size; ++d) score += at(t, 0, d) * at(j, 1, d);
+                for (int64_t d = 0; d < size; ++d) score += at(t, h, d) * at(j, key, d);
                 total += std::exp(score);
-                for (int64_t d = 0; d < size; ++d) sums[static_cast<size_t>(d)] += std::exp(score) * at(j, 2, d);
+                for (int64_t d = 0; d < size; ++d) sums[static_cast<size_t>(d)] += std::exp(score) * at(j, key + groups, d);
             }
             for (int64_t d = 0; d < size; ++d)
                 expect("attention", kernels.name, y[static_cast<size_t>((tokens + t) * width + h * size + d)],
@@ -157,17 +186,21 @@ void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t wid
     embedding.position = 1;
     embedding.weight = {table.bytes.data(), dtype, 5, width, nullptr, 0, 0, false};
     embedding.positions = {positions.bytes.data(), Dtype::bf16, tokens + 3, width, nullptr, 0, 0, false};
-    norm.kind = Kind::layer_norm;
+    norm.kind = Kind::norm;
     norm.x = 0;
     norm.y = 1;
     norm.stage.width = width;
     norm.stage.norm_scale = scale.data();
     norm.stage.norm_bias = bias.data();
+    Operation rms = norm;
+    rms.x = 1;
+    rms.y = 2;
+    rms.stage.norm_bias = nullptr;
     rows.kind = Kind::last_rows;
-    rows.x = 1;
-    rows.y = 2;
+    rows.x = 2;
+    rows.y = 3;
     rows.last = 2;
-    Program program(kernels, {embedding, norm, rows}, {0, 1, kNone}, {width, width, width}, {}, {2});
+    Program program(kernels, {embedding, norm, rms, rows}, {0, 1, 0, kNone}, {width, width, width, width}, {}, {3});
     std::vector<float> y(static_cast<size_t>(2 * width));
     program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {{y.data(), 2, 1}});
     first[1] = 4;
@@ -208,13 +241,35 @@ void check_draw(const Kernels& kernels, int64_t count, int64_t k) {
         }
 }
 
+// Every policy by turns, and the same product under each.
+void check_streaming(const Kernels& kernels) {
+    const std::vector<uint8_t> memory(3 << 16, 0x11);
+    std::vector<Streaming> policies;
+    for (const char* text : {"t0", "t1:64", "nta:4096", "none"}) {
+        policies.push_back(streaming_of(text, "a policy"));
+        set_streaming(policies.back());
+        check_linear(kernels, Dtype::f16, 1, 13, 515, 0);
+        check_linear(kernels, Dtype::i4, 1, 13, 515, 0, true);
+    }
+    const auto seconds = time_streaming(kernels, policies, 2, {{memory.data(), static_cast<int64_t>(memory.size())}});
+    expect("policies timed", kernels.name, double(seconds.size()), 4, 0);
+    expect("rounds timed", kernels.name, double(seconds.back().size()), 2, 0);
+    expect("the policy before", kernels.name, double(current_streaming().hint == Hint::none), 1, 0);
+    set_streaming({});
+}
+
 }  // namespace
 
-int main() {
-    for (const std::string& name : available_isas()) {
+int main(int count, char** arguments) {
+    const std::vector<std::string> named(arguments + 1, arguments + count);
+    std::printf("this processor has");
+    for (const std::string& name : available_isas()) std::printf(" %s", name.c_str());
+    std::printf("\n");
+    for (const std::string& name : named.empty() ? testable_isas() : named) {
         const Kernels& kernels = kernels_for(name);
         for (const int threads : {1, 3}) {
             ThreadPool::instance().set_threads(threads);
+            check_streaming(kernels);
             for (const Dtype from : {Dtype::f32, Dtype::f16, Dtype::bf16})
                 for (const int64_t count : {1, 15, 64, 131}) check_quantize(kernels, from, count);
             for (const int64_t count : {1, 127, 128, 129, 1000})
@@ -230,6 +285,7 @@ int main() {
                             check_linear(kernels, dtype, tokens, 5, block * 3, block, true);
                     }
                     check_linear(kernels, dtype, tokens * 33, 67, 130, 0, true);
+                    for (const int64_t width : {1, 31, 515}) check_linear(kernels, dtype, tokens, 13, width, 0, width > 1, true);
                     check_rows(kernels, dtype, tokens, 33);
                 }
                 if (dtype == Dtype::i4 || dtype == Dtype::f8) continue;
@@ -237,6 +293,9 @@ int main() {
                     for (const int64_t tokens : {1, 2, 7, 50}) {
                         check_attention(kernels, dtype, tokens, 300, size, 290);
                         check_attention(kernels, dtype, tokens, 5, size, -1);
+                        check_attention(kernels, dtype, tokens, 300, size, 290, {4, 1, 0, 1});
+                        check_attention(kernels, dtype, tokens, 300, size, 290, {6, 2, 5, 0});
+                        check_attention(kernels, dtype, tokens, 80, size, 30, {2, 2, 33, size / 2});
                     }
             }
         }

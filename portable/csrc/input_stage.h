@@ -1,7 +1,8 @@
-// What happens to a row before it meets weights: layer normalization, a scale for each input, rounding, and for integer
+// What happens to a row before it meets weights: a gate, normalization, a scale for each input, rounding, and for integer
 // products 16-bit numbers.
 #pragma once
 
+#include "activations.h"
 #include "integer_products.h"
 #include "kernels.h"
 #include "numbers.h"
@@ -30,6 +31,22 @@ inline void layer_norm(const float* x, const float* scale, const float* bias, fl
     for (int64_t i = whole; i < width; ++i) y[i] = (x[i] - mean) * factor * scale[i] + bias[i];
 }
 
+inline void rms_norm(const float* x, const float* scale, float epsilon, int64_t width, float* y) {
+    const int64_t whole = width / W * W;
+    F squares = zero();
+    for (int64_t i = 0; i < whole; i += W) squares = fma(load(x + i), load(x + i), squares);
+    float rest = 0;
+    for (int64_t i = whole; i < width; ++i) rest += x[i] * x[i];
+    const float factor = 1.0f / __builtin_sqrtf((sum(squares) + rest) / static_cast<float>(width) + epsilon);
+    for (int64_t i = 0; i < whole; i += W) store(y + i, mul(mul(load(x + i), set1(factor)), load(scale + i)));
+    for (int64_t i = whole; i < width; ++i) y[i] = x[i] * factor * scale[i];
+}
+
+inline void norm(const float* x, const float* scale, const float* bias, float epsilon, int64_t width, float* y) {
+    if (bias) layer_norm(x, scale, bias, epsilon, width, y);
+    else rms_norm(x, scale, epsilon, width, y);
+}
+
 inline int64_t padded_width(int64_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
 // The largest magnitude; NaN if there is one. As integers, the bits of magnitudes compare as the numbers do.
@@ -39,11 +56,15 @@ inline float largest_magnitude(const float* x, int64_t count) {
     return to_float_bits(largest);
 }
 
-// Layer normalization and pre-scale into y, with padding.
+// Gate, normalization and pre-scale into y, with padding.
 inline void normalize(const InputStage& stage, const float* x, float* y) {
     const int64_t width = stage.width;
+    if (stage.gate != Activation::none) {
+        apply_gate(x, stage.gate, width, y);
+        x = y;
+    }
     if (stage.norm_scale) {
-        layer_norm(x, stage.norm_scale, stage.norm_bias, stage.epsilon, width, y);
+        norm(x, stage.norm_scale, stage.norm_bias, stage.epsilon, width, y);
         x = y;
     }
     if (stage.pre_scale) {
@@ -77,32 +98,34 @@ inline void prepare(const InputStage& stage, const float* x, float* y) {
     for (int64_t i = 0; i < stage.width; ++i) y[i] *= scale;
 }
 
+// kInputBlock numbers as integers up to `limit` times a scale, which is returned; those of 8 bits are what they are.
+inline float round_block(const float* x, Rounding rounding, float limit, int16_t* values) {
+    float scale = 1, factor = 1;
+    if (rounding != Rounding::i8) {
+        const float largest = largest_magnitude(x, kInputBlock);
+        scale = largest / limit;
+        factor = largest < 1e-30f ? 0.0f : limit / largest;
+    }
+    for (int i = 0; i < kInputBlock; ++i) {
+        float value = x[i] * factor;
+        value = value == value ? value : 0.0f;  // NaN and infinity are in the scale already
+        values[i] = static_cast<int16_t>((value + 12582912.0f) - 12582912.0f);
+    }
+    return scale;
+}
+
 inline void prepare_integers(const InputStage& stage, Dtype weight, const float* x, float* scratch, IntegerRow row) {
     normalize(stage, x, scratch);
     const float row_scale = stage.rounding == Rounding::none ? 1.0f : round_row(stage, scratch);
     const int64_t padded = padded_width(stage.width);
-    const float limit = weight == Dtype::i4 ? kLargestForInt4 : 32767.0f;
+    const float limit = weight == Dtype::i4 ? kLargestForInt4 : kLargestForInt8;
+    const float unit = weight == Dtype::i4 ? kUnitOfInt4 : 1.0f;
     for (int64_t start = 0; start < padded; start += kInputBlock) {
-        const float* from = scratch + start;
         int16_t values[kInputBlock];
-        float factor = 1;
-        row.scales[start / kInputBlock] = row_scale;
-        if (stage.rounding != Rounding::i8) {  // integers of 8 bits are what they are
-            const float largest = largest_magnitude(from, kInputBlock);
-            row.scales[start / kInputBlock] = row_scale * (largest / limit);
-            factor = largest < 1e-30f ? 0.0f : limit / largest;
-        }
-        for (int i = 0; i < kInputBlock; ++i) {
-            float value = from[i] * factor;
-            value = value == value ? value : 0.0f;  // NaN and infinity are in the scale already
-            values[i] = static_cast<int16_t>((value + 12582912.0f) - 12582912.0f);
-        }
+        row.scales[start / kInputBlock] = row_scale * round_block(scratch + start, stage.rounding, limit, values) * unit;
         int16_t* to = row.values + start;
-        if (weight == Dtype::i4) {
-            arrange_for_int4(values, to, row.begin + start / 8);
-        } else {
-            std::memcpy(to, values, sizeof values);
-        }
+        if (weight == Dtype::i4) arrange_for_int4(values, to, row.begin + start / 8);
+        else arrange_for_int8(values, to);
     }
 }
 

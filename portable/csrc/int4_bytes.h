@@ -94,7 +94,7 @@ inline void byte_tile(const Matrix& weight, const IntegerRow* x, int64_t n, floa
         for (int r = 0; r < kRows; ++r) {
             words[r] = _mm512_loadu_si512(base + r * row_bytes + b * 64);
             // Asked for in the order of the memory, not in that of the blocks.
-            prefetch_once(base + kBytesAhead + (b * kRows + r) * 64);
+            prefetch_once(base + bytes_ahead() + (b * kRows + r) * 64);
         }
         add_block(b, words);
     }

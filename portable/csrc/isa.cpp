@@ -2,6 +2,9 @@
 
 #include <stdexcept>
 
+#include "amx_permission.h"
+#include "arm_features.h"
+
 namespace nvtripy_portable {
 
 namespace {
@@ -10,34 +13,51 @@ struct Choice {
     const char* name;
     const Kernels* kernels;
     bool (*is_supported)();
+    bool is_emulated = false;  // runs everywhere, and is chosen by its name only
 };
+
+#if defined(NVTRIPY_PORTABLE_X86)
+bool has_avx512() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
+}
+#endif
 
 const Choice kChoices[] = {
 #if defined(NVTRIPY_PORTABLE_X86)
-    {"avx512", &avx512::kernels,
-     [] {
-         __builtin_cpu_init();
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("f16c");
-     }},
+#if defined(NVTRIPY_PORTABLE_AMX)
+    {"amx", &amx::kernels, [] { return has_avx512() && may_use_amx(); }},
+#endif
+    {"avx512", &avx512::kernels, has_avx512},
     {"avx2", &avx2::kernels,
      [] {
          __builtin_cpu_init();
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      }},
 #endif
+#if defined(NVTRIPY_PORTABLE_ARM)
+#if defined(NVTRIPY_PORTABLE_I8MM)
+    {"i8mm", &i8mm::kernels, [] { return has_arm_feature(ArmFeature::dotprod) && has_arm_feature(ArmFeature::i8mm); }},
+#endif
+    {"dotprod", &dotprod::kernels, [] { return has_arm_feature(ArmFeature::dotprod); }},
+    {"neon", &neon::kernels, [] { return true; }},
+#endif
     {"portable", &portable::kernels, [] { return true; }},
+    {"amx-emulated", &amx_emulated::kernels, [] { return true; }, true},
 };
+
+std::vector<std::string> supported(bool emulated_too) {
+    std::vector<std::string> names;
+    for (const Choice& choice : kChoices)
+        if ((emulated_too || !choice.is_emulated) && choice.is_supported()) names.push_back(choice.name);
+    return names;
+}
 
 }  // namespace
 
-std::vector<std::string> available_isas() {
-    std::vector<std::string> names;
-    for (const Choice& choice : kChoices)
-        if (choice.is_supported()) names.push_back(choice.name);
-    return names;
-}
+std::vector<std::string> available_isas() { return supported(false); }
+std::vector<std::string> testable_isas() { return supported(true); }
 
 const Kernels& kernels_for(const std::string& name) {
     std::string known;

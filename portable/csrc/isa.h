@@ -11,6 +11,9 @@ namespace nvtripy_portable {
 // Names of the instruction sets that are compiled in and that this CPU has, the best first.
 std::vector<std::string> available_isas();
 
+// The same, and those that plain code stands in for: nobody would choose them, but tests do.
+std::vector<std::string> testable_isas();
+
 // The kernels for `name`, or for the best instruction set if it is empty. Throws std::invalid_argument.
 const Kernels& kernels_for(const std::string& name);
 

@@ -3,12 +3,12 @@
 
 #include "attention.h"
 #include "attention_tiles.h"
-#include "float_panels.h"
 #include "input_stage.h"
-#include "integer_panels.h"
-#include "integer_products.h"
-#include "products.h"
+#include "linear.h"
 #include "rows.h"
+#if ISA_TILES
+#include "amx_linear.h"
+#endif
 
 namespace nvtripy_portable::ISA {
 
@@ -17,9 +17,13 @@ namespace nvtripy_portable::ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ISA_STRING(ISA), layer_norm, prepare, prepare_integers, products, integer_products,
-    float_panels, integer_panels, prepare_panel_integers, finish,
-    load_row, quantize, store_row, attend, attend_block, merge, divide, block_maxima, read,
+#if ISA_TILES
+    ISA_TILES == 2 ? "amx-emulated" : ISA_STRING(ISA), kTokenGroup, kTileGeneratedWeights, norm,
+    prepared_floats_for_tiles, prepare_for_tiles, multiply_with_tiles, finish,
+#else
+    ISA_STRING(ISA), kPreparedTogether, kRowGroup, norm, prepared_floats, prepare_tokens, multiply, finish,
+#endif
+    load_row, quantize, store_row, attend, attend_block, attend_group, turn, merge, divide, block_maxima, read,
 };
 
 }  // namespace nvtripy_portable::ISA

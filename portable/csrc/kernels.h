@@ -9,15 +9,14 @@
 namespace nvtripy_portable {
 
 enum class Dtype : int { f32, f16, bf16, i8, i4, f8 };
-enum class Activation : int { none, gelu_tanh, gelu_erf, relu, silu };
+enum class Activation : int { none, gelu_tanh, gelu_erf, relu, relu2, silu };
 enum class Rounding : int { none, i8, f8 };
 
-constexpr int64_t kInputBlock = 128;  // inputs that share a scale where they are made integers
+// What a token is in its sequence. Each role has kernels of its own, which compute a row's sum in one order however many
+// rows there are: what a token comes to does not depend on what is computed beside it.
+enum class Role : int { generated, prompt };
 
-// How far ahead of their use weights are asked for. Rows lie one behind the other and are read in that order, so this
-// reaches into the rows that come next. It takes a hundred to some hundred nanoseconds to come, in which a core uses up to
-// 10 KB, and it waits in the first-level cache. Who calls asks for the first ones.
-constexpr int64_t kBytesAhead = 16384;
+constexpr int64_t kInputBlock = 128;  // inputs that share a scale where they are made integers
 
 // Rows of numbers as they are stored: (rows, width), int4 two a byte, the even one in the low half.
 struct Matrix {
@@ -46,13 +45,23 @@ struct Matrix {
 // What is done to a linear operation's input, row by row.
 struct InputStage {
     int64_t width = 0;
-    const float* norm_scale = nullptr;  // with it, layer normalization comes first
+    Activation gate = Activation::none;  // with it, rows have twice the width: gate(first half) * second half comes first
+    const float* norm_scale = nullptr;   // with it, normalization comes first: RMSNorm where there is no bias
     const float* norm_bias = nullptr;
     float epsilon = 0;
     const float* pre_scale = nullptr;  // (width,)
     Rounding rounding = Rounding::none;
     bool per_token = false;  // int8 by each row's own largest magnitude; else by input_scale
     float input_scale = 1;
+
+    int64_t input_width() const { return gate == Activation::none ? width : 2 * width; }
+};
+
+// A linear operation.
+struct Linear {
+    InputStage stage;
+    Matrix weight;
+    bool integers = false;  // the weight is int8 or int4, and inputs are made 16-bit integers, block by block
 };
 
 // One row of inputs as integers: numbers = values * scales[i / 128]. For int4 weights the values stand in the order and
@@ -70,10 +79,26 @@ struct Attention {
     float value_scale = 1;  // of stored values
 };
 
-// Keys that the next call is going to meet, to be asked for while there is nothing else to wait for.
+// The keys that a token sees, by their numbers: begin <= j < end.
+struct SeenKeys {
+    int64_t begin, end;
+};
+
+// Keys that lie one behind the other, which the next call is going to meet: to be asked for while there is nothing else to
+// wait for.
 struct NextKeys {
-    const void* rows = nullptr;
+    const char* keys = nullptr;
     int64_t count = 0;
+};
+
+// Where the keys of one head lie, and their values: in pages of `page_tokens` tokens each, which the sequence's table names.
+struct KeyRows {
+    const char* keys = nullptr;  // of page 0
+    const int32_t* pages = nullptr;
+    int64_t page_tokens = 0;
+    int64_t page_bytes = 0;  // from a page to the next one, which need not be the sequence's
+    int64_t row_bytes = 0;
+    int64_t to_values = 0;   // bytes from a key to its value
 };
 
 // A softmax under way: weighted sum of values, its weights' sum, and the largest score so far.
@@ -85,32 +110,26 @@ struct Partial {
 
 struct Kernels {
     const char* name;
+    int64_t token_group;  // tokens that are prepared together
+    int64_t row_group;    // rows of weights that generated tokens meet together, or a multiple
 
-    // y = layer_norm(x), one row.
-    void (*layer_norm)(const float* x, const float* scale, const float* bias, float epsilon, int64_t width, float* y);
+    // y = layer_norm(x), one row, or rms_norm(x) where bias is nullptr.
+    void (*norm)(const float* x, const float* scale, const float* bias, float epsilon, int64_t width, float* y);
 
-    // One row through a linear operation's input stage; `y` has the padded width.
-    void (*prepare)(const InputStage& stage, const float* x, float* y);
-    // The same, made integers.
-    void (*prepare_integers)(const InputStage& stage, Dtype weight, const float* x, float* scratch, IntegerRow row);
-
-    // y[t, n - begin] = x[t] . row n, scaled, for the weight's rows begin <= n < end.
-    void (*products)(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin, int64_t end,
-                     float* y, int64_t y_stride, float* panel);
-    // The same from integer rows, up to 4 tokens; the weight is int8 or int4.
-    void (*integer_products)(const Matrix& weight, const IntegerRow* x, int64_t tokens, int64_t begin, int64_t end,
-                             float* y, int64_t y_stride);
-
-    // What `products` computes, for more tokens: up to kPanelTokens tokens meet up to kPanelColumns rows of weights. The
-    // scratch memory has kPanelScratch floats.
-    void (*float_panels)(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin,
-                         int64_t end, float* y, int64_t y_stride, float* scratch);
-    // The same from integer rows of `prepare_panel_integers`, x_stride floats apart; the weight is int8 or int4.
-    void (*integer_panels)(const Matrix& weight, IntegerRow x, int64_t x_stride, int64_t tokens, int64_t begin,
-                           int64_t end, float* y, int64_t y_stride, float* scratch);
-    // As prepare_integers, in the order in which integer_panels reads.
-    void (*prepare_panel_integers)(const InputStage& stage, Dtype weight, const float* x, float* scratch,
-                                   IntegerRow row);
+    // Linear operations. Inputs of all tokens of a role are prepared first, in whatever form the kernels want them, and then
+    // meet the weight's rows, part by part.
+    //
+    // How many floats of memory `tokens` prepared tokens take; 0 where the inputs can be used as they are.
+    int64_t (*prepared_floats)(const Linear& linear, Role role, int64_t tokens);
+    // Prepares the tokens begin <= t < end of x (tokens, input width); `begin` is a multiple of token_group. The scratch memory has
+    // the padded width.
+    void (*prepare)(const Linear& linear, Role role, const float* x, int64_t tokens, int64_t begin, int64_t end,
+                    float* prepared, float* scratch);
+    // y[t - first, n - begin] = x[t] . row n, scaled, for `count` tokens from `first` on, a multiple of token_group, of the
+    // `tokens` that were prepared, and for the weight's rows begin <= n < end: of prompts up to kPanelTokens tokens and
+    // kPanelColumns rows. The scratch memory has kLinearScratch floats.
+    void (*multiply)(const Linear& linear, Role role, const float* prepared, int64_t tokens, int64_t first, int64_t count,
+                     int64_t begin, int64_t end, float* y, int64_t y_stride, float* scratch);
 
     // y = activation(y + bias) + residual; bias and residual may be nullptr.
     void (*finish)(float* y, int64_t count, const float* bias, Activation activation, const float* residual);
@@ -125,16 +144,20 @@ struct Kernels {
     // Rounds one head's new row for the cache and stores it there: round(x / scale), in the cache's type.
     void (*store_row)(const float* x, int64_t count, Rounding rounding, float scale, Dtype dtype, void* y);
 
-    // Continues the softmax of `queries` <= 4 queries with the keys begin <= j < end, of which query t sees those below
-    // seen[t]. Row strides are in elements.
-    void (*attend)(const Attention& attention, const float* const* q, int64_t queries, const int64_t* seen,
-                   const void* keys, const void* values, int64_t row_stride, int64_t begin, int64_t end,
-                   NextKeys next, Partial* partials, float* scratch);
-    // The whole softmax of up to kQueryBlock queries, q_stride apart, of which query t sees the first seen[t] keys, never
-    // fewer than the one before; the scratch memory has attend_block_floats(head_size) floats.
+    // Continues a query's softmax with the keys begin <= j < end.
+    void (*attend)(const Attention& attention, const float* q, const KeyRows& rows, int64_t begin, int64_t end,
+                   NextKeys next, Partial& partial, float* scratch);
+    // The whole softmax of up to kQueryBlock queries, q_stride apart, of which query t sees the keys of seen[t], whose begin
+    // and end never lie before those of the query before; the scratch memory has attend_block_floats(head_size) floats.
     void (*attend_block)(const Attention& attention, const float* q, int64_t q_stride, int64_t queries,
-                         const int64_t* seen, const void* keys, const void* values, float* y, int64_t y_stride,
-                         float* scratch);
+                         const SeenKeys* seen, const KeyRows& rows, float* y, int64_t y_stride, float* scratch);
+    // The softmaxes of up to kQueryBlock queries, q_stride apart, that see the same keys: as attend, begun anew. The scratch
+    // memory is attend_block's.
+    void (*attend_group)(const Attention& attention, const float* q, int64_t q_stride, int64_t queries, SeenKeys seen,
+                         const KeyRows& rows, Partial* results, float* scratch);
+    // y = a head's row x with its first 2 * half dimensions turned: dimension i with i + half, by the cosines (half,) and the
+    // sines (half,) behind them. x and y are not the same.
+    void (*turn)(const float* x, const float* cosines, int64_t half, int64_t size, float* y);
     // Continues one softmax with another's: first = first with second.
     void (*merge)(Partial& first, const Partial& second, int64_t head_size);
     // y = sums / total * value_scale.
@@ -155,17 +178,25 @@ constexpr int64_t kPanelColumns = 64;   // of a panel for many tokens: rows of w
 constexpr int64_t kPanelDepth = 128;    // numbers of each: one block of integer inputs
 constexpr int64_t kPanelTokens = 256;
 constexpr int64_t kPanelScratch = kPanelColumns * (kPanelDepth + kPanelTokens);
+constexpr int64_t kTileScratch = kPanelColumns * (kPanelDepth + 2 * kPanelTokens);  // amx_linear.h
+constexpr int64_t kLinearScratch = kTileScratch > kPanelFloats ? kTileScratch : kPanelFloats;
 constexpr int64_t kKeyChunk = 256;  // keys that are attended to together
-constexpr int64_t kQueryTile = 4;
 constexpr int64_t kQueryBlock = 48;
 constexpr int64_t attend_block_floats(int64_t head_size) {
     const int64_t wide = (head_size + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
-    return kPanelScratch + kQueryBlock * (kPanelColumns + wide) + (kPanelColumns + 1) * wide;
+    return kPanelScratch + kQueryBlock * (kPanelColumns + wide) + (2 * kPanelColumns + 1) * wide;
 }
-constexpr int64_t kAttendFloats = kQueryTile * (kKeyChunk + 64);
+constexpr int64_t kAttendFloats = kKeyChunk + 64;
+// From so many heads on that share keys, a generated token's meet them in tiles: that a tile is made first pays then.
+constexpr int64_t kFewHeads = 4;
 
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
+namespace amx_emulated { extern const Kernels kernels; }
+namespace neon { extern const Kernels kernels; }
+namespace dotprod { extern const Kernels kernels; }
+namespace i8mm { extern const Kernels kernels; }
 
 }  // namespace nvtripy_portable

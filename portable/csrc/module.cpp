@@ -13,6 +13,7 @@
 #include "isa.h"
 #include "program.h"
 #include "sampling.h"
+#include "tuning.h"
 
 namespace nb = nanobind;
 using namespace nvtripy_portable;
@@ -57,7 +58,7 @@ T look_up(const std::map<std::string, T>& table, const std::string& name, const 
     return found->second;
 }
 
-const std::map<std::string, Kind> kKinds = {{"layer_norm", Kind::layer_norm},
+const std::map<std::string, Kind> kKinds = {{"norm", Kind::norm},
                                             {"linear", Kind::linear},
                                             {"embedding", Kind::embedding},
                                             {"last_rows", Kind::last_rows},
@@ -67,6 +68,7 @@ const std::map<std::string, Dtype> kDtypes = {{"f32", Dtype::f32}, {"f16", Dtype
 const std::map<std::string, Activation> kActivations = {{"gelu_tanh", Activation::gelu_tanh},
                                                         {"gelu_erf", Activation::gelu_erf},
                                                         {"relu", Activation::relu},
+                                                        {"relu2", Activation::relu2},
                                                         {"silu", Activation::silu}};
 const std::map<std::string, Rounding> kRoundings = {{"i8", Rounding::i8}, {"f8e4m3fn", Rounding::f8}};
 
@@ -109,9 +111,7 @@ public:
             const Buffer& buffer = held.emplace_back(caches[i], true);
             Cache& cache = stores[i];
             cache.data = buffer.as<void>();
-            const int64_t number = cache.dtype == Dtype::f32 ? 4 : cache.dtype == Dtype::i8 ? 1 : 2;
-            if (buffer.bytes() != cache.layers * 2 * cache.batch * cache.heads * cache.context * cache.head_size * number)
-                throw nb::value_error("a cache has the wrong size");
+            if (buffer.bytes() != cache.bytes()) throw nb::value_error("a cache has the wrong size");
         }
         const auto floats = [&](nb::list arrays, bool writable) {
             std::vector<FloatArray> result;
@@ -125,6 +125,40 @@ public:
         const std::vector<FloatArray> in = floats(inputs, false), out = floats(outputs, true);
         const nb::gil_scoped_release released;
         program_->run(numbers, stores, in, out);
+    }
+
+    // Segments (S, 3): how many tokens, the position of the first, and whether they are a prompt's; tables (S, pages).
+    void step(nb::handle tokens, nb::handle segments, nb::handle tables, nb::handle rows, nb::handle pool,
+              int64_t page_tokens, nb::handle output) {
+        const Buffer ids(tokens), forms(segments), table(tables), wanted(rows), numbers(pool, true), logits(output, true);
+        if (caches_.size() != 1) throw nb::value_error("expected a model with one cache");
+        std::vector<Cache> stores = caches_;
+        Cache& cache = stores[0];
+        cache.data = numbers.as<void>();
+        cache.is_pool = true;
+        cache.page_tokens = page_tokens;
+        cache.pages = 1;
+        if (page_tokens < 1 || numbers.bytes() % cache.bytes() != 0) throw nb::value_error("the pool has the wrong size");
+        cache.pages = numbers.bytes() / cache.bytes();
+        const int64_t count = forms.bytes() / 12, widest = count ? table.bytes() / 4 / count : 0;
+        if (table.bytes() != count * widest * 4) throw nb::value_error("expected a table for each segment");
+        std::vector<Segment> all;
+        int64_t row = 0;
+        for (int64_t s = 0; s < count; ++s) {
+            const int32_t *form = forms.as<const int32_t>() + s * 3, *pages = table.as<const int32_t>() + s * widest;
+            const int64_t needed = (static_cast<int64_t>(form[1]) + form[0] + page_tokens - 1) / page_tokens;
+            // Pages before what the first token sees may have been given back.
+            const int64_t first = program_->first_seen(form[1]) / page_tokens;
+            int64_t held = std::min(first, widest);
+            while (held < std::min(needed, widest) && pages[held] >= 0 && pages[held] < cache.pages) ++held;
+            all.push_back({row, form[0], form[1], form[2] ? Role::prompt : Role::generated, pages, held * page_tokens});
+            row += form[0];
+        }
+        const IntegerInput in{ids.as<const int32_t>(), 1, ids.bytes() / 4}, which{wanted.as<const int32_t>(), 1, wanted.bytes() / 4};
+        const auto [batch, length] = logits.rows();
+        const FloatArray out{logits.as<float>(), batch, length};
+        const nb::gil_scoped_release released;
+        program_->step(in, all, which, stores, out);
     }
 
     std::string isa() const { return program_->isa(); }
@@ -167,7 +201,10 @@ private:
         number("last", operation.last);
         number("cache", operation.cache);
         number("heads", operation.heads);
+        number("groups", operation.groups);
         number("head_size", operation.head_size);
+        number("window", operation.window);
+        number("half", operation.half);
         number("score_scale", operation.score_scale);
         number("layer", operation.layer);
         number("k_scale", operation.k_scale);
@@ -179,6 +216,8 @@ private:
         number("takes_integers", operation.takes_integers);
         if (has("norm_scale")) operation.stage.norm_scale = array<float>(form["norm_scale"]);
         if (has("norm_bias")) operation.stage.norm_bias = array<float>(form["norm_bias"]);
+        if (has("gate")) operation.stage.gate = look_up(kActivations, nb::cast<std::string>(form["gate"]), "activation");
+        if (has("frequencies")) operation.frequencies = array<float>(form["frequencies"]);
         if (has("pre_scale")) operation.stage.pre_scale = array<float>(form["pre_scale"]);
         if (has("bias")) operation.bias = array<float>(form["bias"]);
         if (has("input_rounding")) operation.stage.rounding = look_up(kRoundings, nb::cast<std::string>(form["input_rounding"]), "rounding");
@@ -259,8 +298,12 @@ NB_MODULE(_native, module) {
              nb::arg("inputs"), nb::arg("outputs"))
         .def("run", &PythonProgram::run, nb::arg("integers"), nb::arg("caches"), nb::arg("inputs"), nb::arg("outputs"),
              "Fills the outputs and writes into the caches, without the GIL.")
+        .def("step", &PythonProgram::step, nb::arg("tokens"), nb::arg("segments"), nb::arg("tables"), nb::arg("rows"),
+             nb::arg("pool"), nb::arg("page_tokens"), nb::arg("output"),
+             "Goes on with any mix of sequences, whose keys and values lie in pages of a pool, without the GIL.")
         .def_prop_ro("isa", &PythonProgram::isa);
     module.def("available_isas", &available_isas, "Instruction sets that this CPU has, the best first.");
+    module.def("testable_isas", &testable_isas, "The same, and those that plain code stands in for.");
     module.def("kernels_for", [](const std::string& isa) { return std::string(kernels_for(isa).name); }, nb::arg("isa"));
     module.def("threads", [] { return ThreadPool::instance().threads(); });
     module.def("set_threads", [](int threads) { ThreadPool::instance().set_threads(threads); }, nb::arg("threads"));
@@ -285,5 +328,34 @@ NB_MODULE(_native, module) {
                nb::arg("top_p") = nb::none());
     module.def("quantize", &quantize, nb::arg("isa"), nb::arg("to"), nb::arg("from_"), nb::arg("from_dtype"),
                nb::arg("scale"), nb::arg("dtype"), nb::arg("width"), nb::arg("rows_per_scale"), nb::arg("per_number"));
+    module.def("processor", [] {
+        const Processor processor = this_processor();
+        return nb::make_tuple(processor.vendor, processor.family, processor.model, processor.name);
+    });
+    module.def("streaming", [] {
+        const nb::gil_scoped_release released;
+        return text_of(current_streaming());
+    }, "How weights are asked for: set_streaming's policy.");
+    module.def("set_streaming", [](const std::string& policy, const std::string& asker) {
+        const Streaming parsed = streaming_of(policy, asker.c_str());
+        const nb::gil_scoped_release released;
+        set_streaming(parsed);
+    }, nb::arg("policy"), nb::arg("asker") = "a policy",
+               "How weights are asked for from now on: t0, t1 or nta, with the bytes ahead after a colon, or none.");
+    module.def("time_streaming", [](const std::string& isa, const std::vector<std::string>& policies, int rounds,
+                                    nb::list arrays) {
+        const Kernels& kernels = kernels_for(isa);
+        std::vector<Streaming> parsed;
+        for (const std::string& policy : policies) parsed.push_back(streaming_of(policy, "a policy"));
+        std::vector<Buffer> held;
+        std::vector<Bytes> memory;
+        for (nb::handle each : arrays) {
+            const Buffer& buffer = held.emplace_back(each);
+            memory.push_back({buffer.as<const uint8_t>(), buffer.bytes()});
+        }
+        const nb::gil_scoped_release released;
+        return time_streaming(kernels, parsed, rounds, memory);
+    }, nb::arg("isa"), nb::arg("policies"), nb::arg("rounds"), nb::arg("arrays"),
+               "Seconds of each round, policy by policy, that reading some of the arrays took.");
     module.def("read_all", &read_all, nb::arg("isa"), nb::arg("array"));
 }

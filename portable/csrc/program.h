@@ -4,6 +4,7 @@
 // tables stay where they are.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -13,11 +14,12 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "sequences.h"
 #include "thread_pool.h"
 
 namespace nvtripy_portable {
 
-enum class Kind : int { layer_norm, linear, embedding, last_rows, attention };
+enum class Kind : int { norm, linear, embedding, last_rows, attention };
 
 constexpr int kNone = -1;
 
@@ -28,9 +30,9 @@ struct Operation {
     int y = kNone;         // value written
     int residual = kNone;  // value added
 
-    InputStage stage;  // linear; layer_norm takes only its norm
+    InputStage stage;  // linear; a norm takes only that of it
     Matrix weight;     // linear's weight or embedding's table
-    Matrix positions;  // embedding's position table
+    Matrix positions;  // embedding's position table, if it has one
     const float* bias = nullptr;
     Activation activation = Activation::none;
     bool takes_integers = false;  // linear: inputs may be rounded to 16 bits, block by block, where that is faster
@@ -42,25 +44,27 @@ struct Operation {
     // attention
     int cache = kNone;  // among the caches
     int64_t heads = 0;
+    int64_t groups = 0;  // of heads that share keys and values
     int64_t head_size = 0;
+    int64_t window = 0;                  // keys that a token sees at most; 0: all
+    const float* frequencies = nullptr;  // (half,): queries and keys are turned
+    int64_t half = 0;
     float score_scale = 1;
     int64_t layer = 0;
     Rounding rounding = Rounding::none;
     float k_scale = 1;
     float v_scale = 1;
+
+    Linear linear() const {
+        const bool fits = weight.dtype == Dtype::i8 || weight.dtype == Dtype::i4;
+        return {stage, weight, takes_integers && fits && stage.rounding != Rounding::f8};
+    }
 };
 
 struct IntegerInput {
     const int32_t* data = nullptr;
     int64_t batch = 0;
     int64_t length = 1;
-};
-
-// Keys and values (L, 2, B, H, C, D), written in place.
-struct Cache {
-    void* data = nullptr;
-    Dtype dtype = Dtype::f32;
-    int64_t layers = 0, batch = 0, heads = 0, context = 0, head_size = 0;
 };
 
 struct FloatArray {
@@ -78,30 +82,71 @@ public:
     Program(const Kernels& kernels, std::vector<Operation> operations, std::vector<int> buffers,
             std::vector<int64_t> widths, std::vector<int> inputs, std::vector<int> outputs);
 
-    // Fills the outputs and writes the caches. Everything is checked before anything is written.
+    // Sequences of one length beside each other, as the graph has them: fills the outputs and writes the caches. Tokens are
+    // generated ones where there is one of each sequence, else a prompt's. Everything is checked before anything is written.
     // Throws IndexError for token ids, positions and rows outside of their tables, std::invalid_argument for shapes that
     // do not fit.
     void run(const std::vector<IntegerInput>& integers, const std::vector<Cache>& caches,
              const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs);
 
+    // Any mix of sequences, packed: `tokens` are what the segments say, in their order, generated ones before prompts'; the
+    // output has a row for each of `rows`, which are numbers of tokens. What the graph calls the tokens, the positions and
+    // the rows of interest is these. Throws as `run`.
+    void step(const IntegerInput& tokens, const std::vector<Segment>& segments, const IntegerInput& rows,
+              const std::vector<Cache>& caches, const FloatArray& output);
+
     const char* isa() const { return kernels_.name; }
 
+    // The first key that a token at `position` sees in any layer.
+    int64_t first_seen(int64_t position) const { return window_ ? std::max<int64_t>(position + 1 - window_, 0) : 0; }
+
 private:
+    // (rows, width). Of a model's step the first `generated` rows are generated tokens', the others a prompt's.
     struct Value {
         float* data = nullptr;
         int64_t batch = 0, length = 0;
+        int64_t generated = 0;
         int64_t rows() const { return batch * length; }
     };
-    struct Call;
+    struct Call {
+        const std::vector<Cache>& caches;
+        const std::vector<FloatArray>& inputs;
+        const std::vector<FloatArray>& outputs;
+        const std::vector<IntegerInput>* integers = nullptr;  // of `run`
+        // Of `step`:
+        const IntegerInput* tokens = nullptr;
+        const std::vector<Segment>* segments = nullptr;
+        const IntegerInput* rows = nullptr;
 
-    void plan(Call& call);
+        const IntegerInput& tokens_of(const Operation& operation) const {
+            return tokens ? *tokens : (*integers)[static_cast<size_t>(operation.tokens)];
+        }
+        // A number for each sequence.
+        const int32_t* numbers_of(int input, const char* what, int64_t batch) const {
+            const IntegerInput& all = (*integers)[static_cast<size_t>(input)];
+            if (all.batch * all.length != batch)
+                throw std::invalid_argument(std::string(what) + ": expected " + std::to_string(batch) + " numbers but got " +
+                                            std::to_string(all.batch * all.length));
+            return all.data;
+        }
+    };
+
+    void begin(Call& call);
+    void plan(Call& call, const Operation& operation, int64_t& shared);
+    void give_memory(const Call& call);
+    void execute(Call& call);
+    const Sequences& sequences_of(Call& call, const Operation& operation, const Value& value);
     float* memory_of(int thread) { return thread_memory_[static_cast<size_t>(thread)].data(); }
-    void execute(const Operation& operation, const Call& call, ThreadPool& pool);
-    void layer_norm(const Operation& operation, const Call& call, ThreadPool& pool);
-    void linear(const Operation& operation, const Call& call, ThreadPool& pool);
+    Value& value(int number) { return values_[static_cast<size_t>(number)]; }
+
+    void norm(const Operation& operation, ThreadPool& pool);
+    void linear(const Operation& operation, ThreadPool& pool);
+    int64_t rows_together(const Matrix& weight, const ThreadPool& pool) const;  // that are a unit of work with generated tokens
+    void multiply_few(const Operation& operation, ThreadPool& pool);
+    void multiply_many(const Operation& operation, Role role, int64_t first, int64_t tokens, ThreadPool& pool);
     void embedding(const Operation& operation, const Call& call, ThreadPool& pool);
     void last_rows(const Operation& operation, const Call& call, ThreadPool& pool);
-    void attention(const Operation& operation, const Call& call, ThreadPool& pool);
+    void attention(const Operation& operation, Call& call, ThreadPool& pool);
 
     const Kernels& kernels_;
     std::vector<Operation> operations_;
@@ -111,10 +156,18 @@ private:
 
     std::mutex mutex_;
     std::vector<Value> values_;
+    std::vector<Sequences> sequences_;   // of the call at hand, by where their positions come from
+    std::vector<int32_t> positions_;     // of each row of a packed call
     std::vector<Memory> memory_;         // of buffers
     std::vector<Memory> thread_memory_;  // scratch of each thread
     Memory shared_;                      // scratch of an operation
-    int64_t thread_floats_ = 0;
+    int64_t thread_floats_ = 0, few_floats_ = 0;
+    int64_t window_ = 0;  // the largest of all layers; 0 where one sees all
 };
+
+constexpr int64_t kFewGenerated = 4;  // tokens whose inputs every thread prepares for itself
+
+int64_t padded(int64_t width);
+int64_t divide_up(int64_t a, int64_t b);
 
 }  // namespace nvtripy_portable

@@ -1,6 +1,7 @@
 // Single rows: out of tables, into caches; and what follows a product.
 #pragma once
 
+#include "activations.h"
 #include "dequantize.h"
 #include "kernels.h"
 #include "numbers.h"
@@ -70,37 +71,6 @@ inline void quantize(const void* x, Dtype from, int64_t count, const float* scal
     }
 }
 
-// x / (1 + e^-z): sigmoid linear units, and GELU's tanh approximation with z = sqrt(8 / pi) * (x + 0.044715 x^3).
-inline F gated(F x, F z) { return div(x, add(set1(1), exp(sub(zero(), z)))); }
-
-// x * P(a normal variable < x), of which P(> |x|) = erfc(|x| / sqrt(2)) / 2 is by formula 7.1.26 of Abramowitz and Stegun,
-// Handbook of Mathematical Functions: off by 1e-7 at most. Beyond 30 it is 0.
-inline F gelu(F x) {
-    const F size = min(max(x, sub(zero(), x)), set1(30));
-    const F z = mul(size, set1(0.70710678f));
-    const F t = div(set1(1), fma(z, set1(0.3275911f), set1(1)));
-    F p = set1(1.061405429f);
-    p = fma(p, t, set1(-1.453152027f));
-    p = fma(p, t, set1(1.421413741f));
-    p = fma(p, t, set1(-0.284496736f));
-    p = fma(p, t, set1(0.254829592f));
-    const F beyond = mul(mul(mul(p, t), set1(0.5f)), exp(sub(zero(), mul(z, z))));
-    return sub(max(x, zero()), mul(size, beyond));
-}
-
-inline F activate(F x, Activation activation) {
-    switch (activation) {
-        case Activation::gelu_tanh: {
-            const F cubic = fma(mul(x, x), set1(0.044715f), set1(1));
-            return gated(x, mul(mul(x, cubic), set1(1.5957691216057308f)));
-        }
-        case Activation::gelu_erf: return gelu(x);
-        case Activation::relu: return max(x, zero());
-        case Activation::silu: return gated(x, x);
-        default: return x;
-    }
-}
-
 inline void finish(float* y, int64_t count, const float* bias, Activation activation, const float* residual) {
     int64_t i = 0;
     for (; i + W <= count; i += W) {
@@ -149,7 +119,7 @@ inline void block_maxima(const float* x, int64_t count, int64_t block, float* ma
 inline float read(const float* x, int64_t count) {
     F sums[4] = {zero(), zero(), zero(), zero()};
     for (int64_t i = 0; i + 4 * W <= count; i += 4 * W) {
-        prefetch(x + i + kBytesAhead / 4);
+        prefetch_once(x + i + bytes_ahead() / 4);
         for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], load(x + i + j * W));
     }
     return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));

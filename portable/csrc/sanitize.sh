@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the stand-alone check of the kernels with the address, undefined-behaviour and thread sanitizers, and runs it.
+# Builds the stand-alone checks of the kernels with the address, undefined-behaviour and thread sanitizers, and runs them.
 #
 #     portable/csrc/sanitize.sh [BUILD_FOLDER]
 set -euo pipefail
@@ -14,4 +14,5 @@ for sanitizers in address,undefined thread; do
     cmake --build "$folder" --parallel "$(getconf _NPROCESSORS_ONLN)" >"$folder/build.log" 2>&1 || { cat "$folder/build.log"; exit 1; }
     echo "$sanitizers:"
     "$folder/check_kernels"
+    "$folder/check_linear"
 done

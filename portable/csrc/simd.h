@@ -1,5 +1,6 @@
 // The vector types and operations that the kernels are written in, for the instruction set that this translation unit
-// is compiled for. ISA (portable, avx2 or avx512) is both the namespace and the choice.
+// is compiled for. ISA (portable; avx2, avx512, amx or amx_emulated; neon, dotprod or i8mm) is both the namespace and the
+// choice.
 //
 // Every kernel source is compiled once for each instruction set. Whatever it defines must therefore live in namespace
 // ISA, and it must not use inline functions of the standard library: the linker keeps one copy of those, which could be
@@ -11,17 +12,38 @@
 #include <cstdint>
 #include <cstring>
 
+#include "streaming.h"
+
 #ifndef ISA
-#error "ISA must name the instruction set: portable, avx2 or avx512"
+#error "ISA must name the instruction set: portable, avx2, avx512, amx, amx_emulated, neon, dotprod or i8mm"
 #endif
 
 #define ISA_IS_portable 1
 #define ISA_IS_avx2 2
 #define ISA_IS_avx512 3
+#define ISA_IS_amx ISA_IS_avx512
+#define ISA_IS_amx_emulated ISA_IS_portable
+#define ISA_IS_neon 4
+#define ISA_IS_dotprod ISA_IS_neon
+#define ISA_IS_i8mm ISA_IS_neon
 #define ISA_JOIN(a, b) a##b
 #define ISA_NUMBER(name) ISA_JOIN(ISA_IS_, name)
 
-#if ISA_NUMBER(ISA) == 3
+// Whether there are tiles besides (amx_tiles.h): 0 is no, 1 the processor's, 2 emulated ones.
+#define ISA_HAS_TILES_amx 1
+#define ISA_HAS_TILES_amx_emulated 2
+#define ISA_TILES_OF(name) ISA_JOIN(ISA_HAS_TILES_, name)
+#define ISA_TILES ISA_TILES_OF(ISA)
+
+// Whether NEON multiplies bytes (byte_dots.h): 0 is no, 1 in pairs of vectors, 2 as small matrices too.
+#define ISA_HAS_BYTES_dotprod 1
+#define ISA_HAS_BYTES_i8mm 2
+#define ISA_BYTES_OF(name) ISA_JOIN(ISA_HAS_BYTES_, name)
+#define ISA_BYTES ISA_BYTES_OF(ISA)
+
+#if ISA_NUMBER(ISA) == 4
+#include "simd_neon.h"
+#elif ISA_NUMBER(ISA) == 3
 #include "simd_avx512.h"
 #elif ISA_NUMBER(ISA) == 2
 #include "simd_avx2.h"
@@ -37,6 +59,17 @@ template <class T>
 constexpr T smaller(T a, T b) { return b < a ? b : a; }
 template <class T>
 constexpr T larger(T a, T b) { return a < b ? b : a; }
+
+// Asks for the cache line at p, `bytes_ahead()` before its use, as `streaming` has it. The hint is part of the instruction,
+// so there is a branch for each one; it always goes the same way, and costs nothing that can be measured where weights come
+// from memory (from the first-level cache: 0 to 4 %). Inlined always: GCC takes a function that only prefetches for one that
+// does nothing.
+__attribute__((always_inline)) inline void prefetch_once(const void* p) {
+    if (streaming.hint == Hint::t0) __builtin_prefetch(p, 0, 3);
+    else if (streaming.hint == Hint::nta) __builtin_prefetch(p, 0, 0);
+    else if (streaming.hint == Hint::t1) __builtin_prefetch(p, 0, 2);
+}
+inline int64_t bytes_ahead() { return streaming.bytes_ahead; }
 
 inline float to_float_bits(uint32_t bits) {
     float value;

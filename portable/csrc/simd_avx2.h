@@ -127,7 +127,5 @@ inline S set1_pair(const int16_t* p) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-// For what is read once a step: it passes by the caches, which hold what everybody else needs.
-inline void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
 
 }  // namespace nvtripy_portable::ISA

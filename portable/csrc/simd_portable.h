@@ -152,6 +152,5 @@ inline S set1_pair(const int16_t* p) {
 inline void add_dot(I& sum, S a, S b) { sum = dot(sum, a, b); }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 }  // namespace nvtripy_portable::ISA

@@ -17,16 +17,21 @@ from nvtripy_portable.passes import (
     layer_norm,
     linear,
     merge_equal,
+    rms_norm,
+    rotary,
     weights,
 )
+from nvtripy_portable.unchanging import is_unchanging
 
 PASSES = (
     merge_equal.run,  # weights that are quantized twice, for a head and an embedding, become one constant
     fold_constants.run,
     merge_equal.run,
     weights.run,
+    rms_norm.run,
     linear.run,
     layer_norm.run,
+    rotary.run,
     attention.run,
     embedding.run,
     last_rows.run,
@@ -46,7 +51,8 @@ def optimize(graph: Graph) -> None:
     """
     if os.environ.get("NVTRIPY_PORTABLE_VERIFY") != "0":
         verify.run(graph)
-    sources = {id(_root(value)) for value in _constants(graph).values()}
+    roots = [_root(value) for value in _constants(graph).values()]
+    sources = {id(root) for root in roots if not is_unchanging(root)}
     wanted = os.environ.get("NVTRIPY_PORTABLE_PRINT_GRAPH", "")
     for run in PASSES:
         run(graph)

@@ -1,50 +1,116 @@
-"""A compiled model that continues sequences, called without nvtripy in between.
+"""A compiled model that continues any mix of sequences, called without nvtripy in between.
 
-``nvtripy.Executable.__call__`` checks its arguments and makes tensors of its results. That takes 20 microseconds while
-its code and data are in the processor's caches, and 300 after a step that read a model's weights through them: a sixth
-of a token of GPT-2 in int4. And as it cannot know who else holds a cache that it is given, it has to keep what a step
-overwrites (``cpu/versions.py``). Here the cache has one owner.
+The compiled function is ``(idx, position, cache, last) -> (logits, cache)``, for as many sequences of one length as it
+was compiled for. What its graph says of attention, of positions and of the rows whose logits are wanted holds for each
+token; so a step may as well take whatever tokens there are: pieces of prompts and single generated tokens of many
+sequences, packed without padding. Their keys and values lie in pages of one pool (:mod:`pages`).
+
+A sequence's logits do not depend on what else is computed with it, on how its prompt was cut into pieces, on where its
+pages lie, or on the number of threads, to the last bit. A token's role decides how it is computed: of a prompt, or
+generated. A generated token that is computed again keeps its role.
+
+``nvtripy.Executable.__call__`` takes 20 microseconds to check its arguments and make tensors of its results while its
+code and data are in the processor's caches, and 300 after a step that read a model's weights through them: a sixth of a
+token of GPT-2 in int4. Here that is left out.
 
 Example::
 
-    decoder = Decoder.of(executable)  # a function of (idx, position, cache, last) that gives (logits, cache)
-    logits = decoder.step(idx, position, last)
+    decoder = Decoder.of(executable)
+    table = decoder.pool.take(1)
+    logits = decoder.step([Piece(prompt, 0, table)])
+    logits = decoder.step([Piece([token], len(prompt), table, generated=True)])
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nvtripy_portable import interpreter
 from nvtripy_portable.cpu.executor import Executor
-from nvtripy_portable.cpu.lowering import Output
 from nvtripy_portable.cpu.versions import raw
 from nvtripy_portable.executable import Executable
-from nvtripy_portable.graph import DTYPES, Graph
+from nvtripy_portable.graph import DTYPES, Graph, Value
 from nvtripy_portable.interpreter import ExecutionError
+from nvtripy_portable.pages import PagePool
+from nvtripy_portable.plan import Plan
 
 if TYPE_CHECKING:
     import nvtripy as tp
 
+#: Tokens in a page: as many keys as meet a block of a prompt's queries together, which then need not be gathered.
+PAGE_TOKENS = 64
+
+#: A prompt's tokens that are computed together where tokens see a window only: its pages are given back meanwhile.
+PROMPT_TOKENS = 1024
+
+GENERATED, PROMPT = 0, 1  # a segment's role
+
+# Runs a packed step, (tokens, segments, tables, rows, memory, page_tokens, logits), and fills the logits.
+_Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, np.ndarray], None]
+
+
+@dataclass
+class Piece:
+    """Tokens of one sequence that stand one behind the other.
+
+    Args:
+        tokens: Their ids, any number.
+        position: How many tokens the sequence has before them.
+        pages: The sequence's table: the pages that hold its tokens, these included. Where tokens see a window only, any
+            number stands for a page that none of these tokens sees.
+        generated: Whether the model made them; else they are a prompt's.
+        rows: For which of the tokens logits are wanted, counted from the piece's first; None for the last one, if there
+            is any.
+    """
+
+    tokens: Sequence[int] | np.ndarray
+    position: int
+    pages: Sequence[int] | np.ndarray
+    generated: bool = False
+    rows: Sequence[int] | None = None
+
+    def wanted(self) -> Sequence[int]:
+        """The tokens whose logits are wanted."""
+        return ([len(self.tokens) - 1] if len(self.tokens) else []) if self.rows is None else self.rows
+
 
 class Decoder:
-    """A model and the cache of the sequences that it continues, all zero at first. Made by :meth:`of`."""
+    """A model and the pool of pages of the sequences that it continues. Made by :meth:`of`.
 
-    def __init__(self, executor: Executor, graph: Graph, output: Output) -> None:
-        (cache,) = executor.lowered.caches
-        given = [index for index in range(len(graph.inputs)) if index != cache]
-        self._executor = executor
-        self._integers = [given.index(index) for index in executor.lowered.integers]
-        self._source, self._leading, self._width = given.index(output.source), output.leading, output.width
-        type = graph.inputs[cache].value.type
-        shape = [int(size) for size in type.shape]  # type: ignore[arg-type]  # static, in what was lowered
-        self._caches = [raw(np.zeros(shape, DTYPES[type.dtype]))]
+    Attributes:
+        pool: Hands out the pages.
+        page_tokens: How many tokens a page holds.
+        context: How many tokens a sequence can have.
+        vocabulary: How many logits a token has.
+        window: How many tokens one sees at most, itself included; None where it sees all.
+    """
+
+    def __init__(self, step: _Step, roles: _Roles, page_tokens: int, pages: int | None) -> None:
+        type = roles.cache.type
+        layers, two, batch, heads, context, size = (int(each) for each in type.shape)  # type: ignore[arg-type]
+        if not 1 <= page_tokens <= context:
+            page_tokens = context
+        count = batch * -(-context // page_tokens) if pages is None else pages
+        self.context, self.page_tokens, self.vocabulary = context, page_tokens, roles.vocabulary
+        self.window = roles.window
+        self.pool = PagePool(count)
+        self._step = step
+        # Memory of pages that nobody has used is not there yet: the system gives it when it is written.
+        self._memory = raw(np.zeros((count, layers, two, heads, page_tokens, size), DTYPES[type.dtype]))
 
     @staticmethod
-    def of(executable: tp.Executable) -> Decoder | None:
+    def of(executable: tp.Executable, page_tokens: int = PAGE_TOKENS, pages: int | None = None) -> Decoder | None:
         """The decoder of a compiled function, or None where there can be none: NVIDIA's runtime runs it, or it is
-        interpreted, or it is anything else than integers and one cache to float32 numbers and the cache's next version.
+        anything else than tokens, positions, one cache and rows to float32 logits and the cache's next version.
+
+        Args:
+            page_tokens: How many tokens a page holds; at most the context.
+            pages: How many there are; None for as many as the sequences can fill that the function was compiled for.
 
         Raises:
             ValueError: the environment asks for an instruction set or a number of threads that cannot be.
@@ -53,28 +119,251 @@ class Decoder:
         compiled = getattr(getattr(executable, "_executable", None), "portable", None)
         if not isinstance(compiled, Executable):
             return None
+        roles = _Roles.of(compiled.graph)
+        if roles is None:
+            return None
         try:
             runner = compiled.runner()
         except ExecutionError as error:
             raise ValueError(str(error)) from None
-        if not isinstance(runner, Executor):
-            return None
-        lowered = runner.lowered
-        arrays = [output for output in lowered.outputs if output.cache is None]
-        is_decoder = len(lowered.caches) == len(arrays) == 1 and not lowered.floats and arrays[0].dtype == np.float32
-        return Decoder(runner, compiled.graph, arrays[0]) if is_decoder else None
+        if isinstance(runner, Executor):
+            if len(runner.lowered.caches) != 1 or runner.lowered.floats:
+                return None
+            return Decoder(runner.step, roles, page_tokens, pages)
+        return Decoder(_Interpreted(runner, compiled.graph, roles).step, roles, page_tokens, pages)
 
-    def step(self, *inputs: np.ndarray) -> np.ndarray:
-        """The numbers for the function's inputs without the cache, which is the next version from then on.
+    def step(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """The logits that the pieces ask for, float32 (rows, vocabulary), in the order of the pieces. Their keys and
+        values are in their pages from then on.
 
         Raises:
-            ValueError: a shape that does not fit, or a token id, a position or a row that is not in its table. The
-                cache is as before then.
+            ValueError: a token id, a position or a row that is not in its table, or pages that do not hold the tokens.
+                The pages are as before then.
         """
-        integers = [np.ascontiguousarray(inputs[index], np.int32) for index in self._integers]
-        numbers = np.empty((*inputs[self._source].shape[: self._leading], self._width), np.float32)
+        order = sorted(range(len(pieces)), key=lambda i: not pieces[i].generated)
+        widest = max((len(piece.pages) for piece in pieces), default=0)
+        segments = np.empty((len(pieces), 3), np.int32)
+        tables = np.full((len(pieces), widest), -1, np.int32)
+        starts, tokens, start = {}, [], 0
+        for row, number in enumerate(order):
+            piece = pieces[number]
+            segments[row] = len(piece.tokens), piece.position, GENERATED if piece.generated else PROMPT
+            tables[row, : len(piece.pages)] = piece.pages
+            tokens.append(np.asarray(piece.tokens, np.int32))
+            starts[number], start = start, start + len(piece.tokens)
+        rows = []
+        for number, piece in enumerate(pieces):
+            for row in piece.wanted():
+                if not 0 <= row < len(piece.tokens):
+                    raise ValueError(f"expected rows of a piece to be 0 to {len(piece.tokens) - 1} but got {row}")
+                rows.append(starts[number] + row)
+        packed = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
+        return self.run(packed, segments, tables, np.array(rows, np.int32))
+
+    def run(self, tokens: np.ndarray, segments: np.ndarray, tables: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """:meth:`step`, of pieces that are packed already. All arrays are int32 and contiguous.
+
+        Args:
+            tokens: Ids of all pieces' tokens, (N,): generated ones before prompts'.
+            segments: Of each piece how many tokens it has, the position of the first, and ``GENERATED`` or ``PROMPT``,
+                (S, 3).
+            tables: Of each piece the pages, (S, pages); what comes after those that are needed is not looked at.
+            rows: For which tokens logits are wanted, (R,).
+
+        Returns:
+            Float32 logits, (R, vocabulary).
+        """
+        logits = np.empty((len(rows), self.vocabulary), np.float32)
+        if len(tokens):
+            self._step(tokens, segments, tables, rows, self._memory, self.page_tokens, logits)
+        return logits
+
+
+class Rows:
+    """A fixed number of sequences on a decoder, each with its pages, stepped together."""
+
+    def __init__(self, decoder: Decoder, batch: int) -> None:
+        self._decoder = decoder
+        self._tables = np.full((batch, -(-decoder.context // decoder.page_tokens)), -1, np.int32)
+        self._held = np.zeros(batch, np.int32)  # pages of each row
+        # Of one generated token each; only positions change from step to step.
+        self._segments = np.full((batch, 3), GENERATED, np.int32)
+        self._segments[:, 0] = 1
+        self._all = np.arange(batch, dtype=np.int32)
+
+    def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Appends tokens to the sequences. A sequence that begins at position 0 takes the place of its row's old one.
+        One token at a later position is a generated one, any other tokens are a prompt's.
+
+        Args:
+            idx: Token ids, (B, T) int32.
+            position: Tokens that each sequence has already, (B,) int32.
+            last: For which token of each row logits are wanted, (B,) int32. What comes after it is padding; -1 is for a
+                row that has no token in this step.
+
+        Returns:
+            Float32 logits, (B, V); zeros for rows without a token.
+
+        Raises:
+            ValueError: as :meth:`Decoder.step`.
+        """
+        # This is run for every token, after a step that left nothing of it in the processor's caches.
+        if idx.shape[1] == 1 and not last.any() and position.all():
+            for row in np.flatnonzero(position >= self._held * self._decoder.page_tokens).tolist():
+                self._hold(row, int(position[row]), 1)
+            self._segments[:, 1] = position
+            tokens = np.ascontiguousarray(idx.reshape(-1), np.int32)
+            return self._decoder.run(tokens, self._segments, self._tables, self._all)
+        most = idx.shape[1] if self._decoder.window is None else PROMPT_TOKENS
+        logits = np.zeros((len(idx), self._decoder.vocabulary), np.float32)
+        for begin in range(0, idx.shape[1], most):
+            pieces, ended = [], []
+            for row in np.flatnonzero(last >= begin).tolist():
+                start, count = int(position[row]) + begin, min(int(last[row]) + 1 - begin, most)
+                if start == 0:
+                    self._release(row)
+                self._hold(row, start, count)
+                generated = idx.shape[1] == 1 and start > 0
+                table, is_last = self._tables[row, : self._held[row]], begin + count > int(last[row])
+                pieces.append(Piece(idx[row, begin : begin + count], start, table, generated, None if is_last else []))
+                ended += [row] * is_last
+            logits[ended] = self._decoder.step(pieces)
+        return logits
+
+    def _hold(self, row: int, start: int, count: int) -> None:
+        """Sees to it that a row has pages for ``count`` tokens from ``start`` on, as far as the context goes. Those
+        that none of them sees go back to the pool."""
+        if self._decoder.window is not None:
+            unseen = max(start + 1 - self._decoder.window, 0) // self._decoder.page_tokens
+            self._give_back(row, unseen)
+        needed = -(-min(start + count, self._decoder.context) // self._decoder.page_tokens)
+        held = int(self._held[row])
+        if needed > held:
+            self._tables[row, held:needed] = self._decoder.pool.take(needed - held)
+            self._held[row] = needed
+
+    def _release(self, row: int) -> None:
+        self._give_back(row, int(self._held[row]))
+        self._held[row] = 0
+
+    def _give_back(self, row: int, pages: int) -> None:
+        """The first ``pages`` pages of a row, as far as it has them still."""
+        first = self._tables[row, : min(pages, int(self._held[row]))]
+        self._decoder.pool.release(first[first >= 0].tolist())
+        first[:] = -1
+
+
+@dataclass
+class _Roles:
+    """Which of a graph's inputs is what."""
+
+    idx: Value
+    position: Value
+    cache: Value
+    last: Value
+    vocabulary: int
+    window: int | None
+
+    @staticmethod
+    def of(graph: Graph) -> _Roles | None:
+        """None for a graph that is no decoder."""
+        inputs = {entry.value for entry in graph.inputs}
+        operations = {kind: [each for each in graph.operations if each.kind == kind] for kind in _KINDS}
+        if not all(operations.values()) or {each.kind for each in graph.operations} - _KINDS - {
+            "linear",
+            "layer_norm",
+            "rms_norm",
+            "constant",
+        }:
+            return None
+        caches = [value for value in inputs if value.type.rank == 6]
+        arrays = [value for value in graph.outputs if value.type.rank == 2 and value.type.dtype == "f32"]
+        if len(inputs) != 4 or len(caches) != 1 or len(arrays) != 1 or len(graph.outputs) != 2:
+            return None
+        idx = {each.operands[0] for each in operations["embedding"]}
+        position = {each.operands[1] for each in operations["embedding"] if each.attributes["position_dtype"]}
+        position |= {each.operands[2] for each in operations["attention"]}
+        last = {each.operands[1] for each in operations["last_rows"]}
+        vocabulary = arrays[0].type.shape[-1]
+        if len(idx) != 1 or len(position) != 1 or len(last) != 1 or not isinstance(vocabulary, int):
+            return None
+        found = (*idx, *position, caches[0], *last)
+        if {each for each in found if each is not None} != inputs or not caches[0].type.is_static:
+            return None
+        first, second, third, fourth = (each for each in found if each is not None)
+        windows = [each.attributes["window"] for each in operations["attention"]]
+        return _Roles(first, second, third, fourth, vocabulary, None if None in windows else max(windows))
+
+
+_KINDS = {"embedding", "attention", "last_rows"}
+
+
+class _Interpreted:
+    """The same by NumPy: one sequence after the other, as the graph has it, out of its pages and back."""
+
+    def __init__(self, plan: Plan, graph: Graph, roles: _Roles) -> None:
+        self._plan, self._roles = plan, roles
+        self._inputs = [entry.value for entry in graph.inputs]
+        self._outputs = graph.outputs
+
+    def step(
+        self,
+        tokens: np.ndarray,
+        segments: np.ndarray,
+        tables: np.ndarray,
+        rows: np.ndarray,
+        memory: np.ndarray,
+        page_tokens: int,
+        logits: np.ndarray,
+    ) -> None:
+        start = 0
+        with contextlib.ExitStack() as undo:  # if anything is found wrong
+            for (count, position, _), table in zip(segments.tolist(), tables, strict=True):
+                held = table[: -(-(position + count) // page_tokens)]
+                window = self._roles.window
+                seen = held[0 if window is None else max(position + 1 - window, 0) // page_tokens :]
+                if len(held) * page_tokens < position + count or (seen < 0).any() or (seen >= len(memory)).any():
+                    raise ValueError(f"expected pages for {position + count} tokens but got {table.tolist()}")
+                here = np.nonzero((rows >= start) & (rows < start + count))[0]
+                ids = tokens[start : start + count]
+                unseen = len(held) - len(seen)
+                held = np.concatenate([np.full(unseen, seen[0]), seen]) if unseen else held  # whatever they hold
+                # The graph gives one row's logits; whichever, its cache is the same.
+                for row in {*(rows[here] - start).tolist(), count - 1} if count else ():
+                    found, cache = self._run(ids, position, row, memory, held)
+                    logits[here[rows[here] - start == row]] = found
+                if count:
+                    undo.callback(memory.__setitem__, seen, memory[seen])
+                    memory[seen] = self._paged(cache, len(held), page_tokens)[unseen:]
+                start += count
+            undo.pop_all()
+
+    def _run(
+        self, ids: np.ndarray, position: int, row: int, memory: np.ndarray, held: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        type = self._roles.cache.type
+        layers, two, batch, heads, context, size = (int(each) for each in type.shape)  # type: ignore[arg-type]
+        cache = np.zeros((layers, two, batch, heads, context, size), DTYPES[type.dtype])
+        filled = np.moveaxis(memory[held].view(DTYPES[type.dtype]), 0, 3)  # (L, 2, H, pages, P, D)
+        filled = filled.reshape(layers, two, heads, -1, size)[:, :, :, :context]
+        cache[:, :, 0, :, : filled.shape[3]] = filled
+        given = {
+            self._roles.idx: np.tile(ids, (batch, 1)).astype(np.int32),
+            self._roles.position: np.full(batch, position, np.int32),
+            self._roles.cache: cache,
+            self._roles.last: np.full(batch, row, np.int32),
+        }
         try:
-            self._executor.call(integers, self._caches, [], [numbers])
+            outputs = interpreter.run(self._plan, [given[each] for each in self._inputs])
         except ExecutionError as error:
             raise ValueError(str(error)) from None
-        return numbers
+        is_first = self._outputs[0].type.rank == 2
+        return outputs[not is_first][0], outputs[is_first][:, :, 0]
+
+    @staticmethod
+    def _paged(cache: np.ndarray, count: int, page_tokens: int) -> np.ndarray:
+        layers, two, heads, context, size = cache.shape
+        room = np.zeros((layers, two, heads, count * page_tokens, size), cache.dtype)
+        filled = min(context, count * page_tokens)
+        room[:, :, :, :filled] = cache[:, :, :, :filled]
+        return raw(np.ascontiguousarray(np.moveaxis(room.reshape(layers, two, heads, count, page_tokens, size), 3, 0)))

@@ -281,7 +281,7 @@ class Elements:
             )
             return None if at_source is None else (source, at_source)
         if operation.kind == "concatenation":
-            return _part(operation, index)
+            return _part(operation, index, given)
         if operation.kind == "gather" and operation.attributes["num_broadcast_dims"] == 0:
             indices, position = operation.operands[1], operation.attributes["axis"]
             assert indices is not None
@@ -309,6 +309,27 @@ class Elements:
             return None
         truth = self.truth(condition, at[0], given)  # type: ignore[arg-type]
         return None if truth is None else (truth, (then, at[1]), (otherwise, at[2]))  # type: ignore[return-value]
+
+
+def start_of(positions: Value, shape: tuple[Dim, ...], elements: Elements) -> tuple[Value | None] | None:
+    """The value ``position`` where ``positions[b, t, ...]`` is ``position[b] + t``, None where it is ``t``.
+
+    Args:
+        positions: (B or 1, T, 1, ...), integers.
+        shape: (B, T).
+    """
+    own = positions.type.shape
+    if len(own) < 2 or len(shape) != 2 or own[0] not in (1, shape[0]) or own[1] != shape[1]:
+        return None
+    b, t = axis("b", own[0]), axis("t", own[1])
+    index = (b, t, *(0 for _ in own[2:]))
+    number = elements.number(positions, index, within((b, t), own[:2]))
+    if number == t:
+        return (None,)
+    for start in elements.reads(number):
+        if start.value.type.shape == shape[:1] and number == add(elements.symbol(start.value, (b,)), t):
+            return (start.value,)
+    return None
 
 
 def same_index(a: Index, b: Index, given: Formula) -> bool:
@@ -404,17 +425,19 @@ def _product(coefficient: int, symbols: list[str]) -> Number:
     return result
 
 
-def _part(operation: Operation, index: Index) -> tuple[Value, Index] | None:
-    """The operand of a concatenation that an element comes from, where its place along the axis is a number."""
+def _part(operation: Operation, index: Index, given: Formula) -> tuple[Value, Index] | None:
+    """The operand of a concatenation that an element comes from, where its place along the axis tells."""
     axis = operation.attributes["axis"]
     place = index[axis]
     for operand in operation.operands:
         size = operand.type.shape[axis] if operand is not None else None
-        if operand is None or not isinstance(size, int) or not isinstance(place, int):
+        if operand is None or size is None:
             return None
-        if place < size:
+        if implies(given, less(place, size)):
             return operand, (*index[:axis], place, *index[axis + 1 :])
-        place -= size
+        if not implies(given, at_most(size, place)):
+            return None
+        place = subtract(place, size)
     return None
 
 
@@ -448,7 +471,8 @@ def _known_number(value: Value, index: Index) -> Number | None:
 
 
 def _constant_truth(array: np.ndarray, index: Index) -> Formula | None:
-    """The condition that a constant of booleans stands for: all or nothing, or a triangle."""
+    """The condition that a constant of booleans stands for: all or nothing, or a band along the
+    diagonal, which may have one side only."""
     if array.all():
         return TRUE
     if not array.any():
@@ -462,12 +486,13 @@ def _constant_truth(array: np.ndarray, index: Index) -> Formula | None:
     column = index[axes[-1]]
     for is_negated in (False, True):
         ones = matrix ^ is_negated
-        # Row i of a triangle has its first i + k + 1 elements set: some row that is not full or empty tells k.
-        counts = ones.sum(axis=1)
-        partial = np.flatnonzero((counts > 0) & (counts < columns))
-        diagonal = int(counts[partial[0]] - partial[0]) - 1 if partial.size else None
-        if diagonal is not None and np.array_equal(ones, np.tri(rows, columns, diagonal, dtype=bool)):
-            formula = at_most(column, add(row, diagonal))
+        at_row, at_column = np.nonzero(ones)
+        low, high = (int(each) for each in ((at_column - at_row).min(), (at_column - at_row).max()))
+        band = np.tri(rows, columns, high, dtype=bool) & ~np.tri(rows, columns, low - 1, dtype=bool)
+        if np.array_equal(ones, band):
+            above, below = at_most(column, add(row, high)), at_most(add(row, low), column)
+            sides = (*[above] * (high < columns - 1), *[below] * (low > 1 - rows))
+            formula = sides[0] if len(sides) == 1 else Every(sides)
             return negated(formula) if is_negated else formula
     return None
 

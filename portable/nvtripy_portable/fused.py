@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: reference.activation(x, operation="kGELU_TANH"),
     "gelu_erf": lambda x: reference.activation(x, operation="kGELU_ERF"),
     "relu": lambda x: reference.activation(x, operation="kRELU"),
+    "relu2": lambda x: np.square(reference.activation(x, operation="kRELU")),
     "silu": lambda x: x * reference.activation(x, operation="kSIGMOID"),
 }
 
@@ -46,6 +47,13 @@ def layer_norm(x: Array, scale: Array, bias: Array, *, epsilon: float, dtype: DT
     return reference.cast(result, dtype=dtype)
 
 
+def rms_norm(x: Array, scale: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
+    """RMSNorm over the last dimension (Zhang and Sennrich 2019): (..., E) with scale (E,)."""
+    wide = _wide(x)
+    mean = np.square(wide).mean(axis=-1, keepdims=True, dtype=np.float32)
+    return reference.cast(wide / np.sqrt(mean + np.float32(epsilon)) * _wide(scale), dtype=dtype)
+
+
 def linear(
     x: Array,
     weight: Array,
@@ -57,6 +65,7 @@ def linear(
     *,
     weight_dtype: str,
     width: int,
+    gate: str | None,
     input_dtype: str | None,
     activation: str | None,
     dtype: DTypeLike,
@@ -64,6 +73,7 @@ def linear(
     """``activation(round(x * pre_scale) @ rows.T + bias) + residual``: (..., width) → (..., N).
 
     Args:
+        x: (..., width), or with a gate (..., 2 * width): the input is then ``gate(first half) * second half``.
         weight_scale: None where the weights are floats already.
         bias: (N,).
         residual: As the result.
@@ -71,12 +81,16 @@ def linear(
         input_scale: A scalar by which inputs are rounded to ``input_dtype`` and scaled back; with ``input_dtype`` and
             without it, inputs are scaled token by token, by the largest magnitude of each over 127.
         weight_dtype: "f32", "f16", "bf16", "i8", "i4" or "f8e4m3fn".
+        gate: A key of ``ACTIVATIONS``, or None.
         input_dtype: "i8", "f8e4m3fn", or None where inputs are taken as they are.
         activation: A key of ``ACTIVATIONS``, or None.
     """
-    if x.shape[-1] != width:
-        raise ValueError(f"linear expects a last dimension of {width}, but got {x.shape}.")
-    wide = _wide(x).reshape(-1, width)
+    wanted = width if gate is None else 2 * width
+    if x.shape[-1] != wanted:
+        raise ValueError(f"linear expects a last dimension of {wanted}, but got {x.shape}.")
+    wide = _wide(x).reshape(-1, wanted)
+    if gate is not None:
+        wide = ACTIVATIONS[gate](wide[:, :width]) * wide[:, width:]
     if pre_scale is not None:
         wide = wide * _wide(pre_scale)
     if input_dtype is not None:
@@ -111,11 +125,11 @@ def embedding(
     position: Array | None,
     table: Array,
     table_scale: Array | None,
-    position_table: Array,
+    position_table: Array | None,
     position_scale: Array | None,
     *,
     weight_dtype: str,
-    position_dtype: str,
+    position_dtype: str | None,
     width: int,
     dtype: DTypeLike,
 ) -> Array:
@@ -124,7 +138,7 @@ def embedding(
     Args:
         position: Of each sequence's first token, (B,); None for 0.
         table: Rows (V, ...) in ``weight_dtype``, as a linear operation's weight, with ``table_scale``.
-        position_table: Rows (C, ...) in ``position_dtype``, likewise, with ``position_scale``.
+        position_table: Rows (C, ...) in ``position_dtype``, likewise, with ``position_scale``; None: nothing is added.
     """
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
     positions = steps if position is None else position.astype(np.int64)[:, None] + steps
@@ -134,6 +148,8 @@ def embedding(
         return reference.quantized_rows(table, scale, indices, weight_dtype=weight_dtype, width=width, dtype=wide)
 
     tokens = rows(table, table_scale, idx, weight_dtype)
+    if position_table is None or position_dtype is None:
+        return reference.cast(tokens, dtype=dtype)
     return reference.cast(tokens + rows(position_table, position_scale, positions, position_dtype), dtype=dtype)
 
 
@@ -144,46 +160,79 @@ def last_rows(x: Array, last: Array) -> Array:
     return reference.gather(x.reshape(-1, width), rows, axis=0)
 
 
+def rotary(x: Array, position: Array | None, frequencies: Array, *, dtype: DTypeLike) -> Array:
+    """Rotary positions (Su et al. 2021): dimensions i and i + half of each head turn by position times frequency i.
+
+    Args:
+        x: (B, T, heads, D).
+        position: Of each sequence's first token, (B,); None for 0.
+        frequencies: (half,), in radians a token. Dimensions from 2 * half on stay as they are.
+    """
+    start = np.zeros((1, 1), np.int64) if position is None else position.astype(np.int64)[:, None]
+    wide = _wide(x)
+    turned = _turned(wide, start + np.arange(x.shape[1]), frequencies)
+    return reference.cast(turned, dtype=dtype)
+
+
+def _turned(wide: NDArray[np.float32], positions: Array, frequencies: Array) -> NDArray[np.float32]:
+    """(B, T, heads, D) float32 at positions (B or 1, T)."""
+    half = len(frequencies)
+    angles = positions[:, :, None, None].astype(np.float32) * frequencies  # in float32, as the models have learned them
+    cos, sin = np.cos(angles), np.sin(angles)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
 def attention(
     qkv: Array,
     cache: Array | None,
     position: Array | None,
     k_scale: Array | None,
     v_scale: Array | None,
+    frequencies: Array | None,
     *,
     heads: int,
+    groups: int,
     head_size: int,
     scale: float,
     layer: int,
     rounding: str | None,
+    window: int | None,
     dtype: DTypeLike,
 ) -> Array | tuple[Array, Array]:
-    """Causal multi-head attention (Vaswani et al. 2017), over this call's tokens or over a key-value cache.
+    """Causal attention (Vaswani et al. 2017), over this call's tokens or over a key-value cache.
 
     Args:
-        qkv: Queries, keys and values beside each other, (B, T, 3 * heads * head_size).
-        cache: (L, 2, B, heads, C, head_size), keys before values, or None: then a token sees those of this call up to
+        qkv: Queries of all heads, keys of all groups and values of all groups beside each other,
+            (B, T, (heads + 2 * groups) * head_size). ``heads / groups`` heads, one behind the other, share a group's.
+        cache: (L, 2, B, groups, C, head_size), keys before values, or None: then a token sees those of this call up to
             itself. With it, token t of a sequence stands at slot ``position + t`` and sees the slots up to its own.
         position: (B,), with a cache.
         k_scale, v_scale: Scalars; keys and values are rounded to ``rounding`` at these scales. The cache holds the
             numbers before scaling back.
+        frequencies: Queries and keys are turned as by ``rotary``; None: they are not.
         scale: Of the queries.
         layer: Which of the cache's layers is read and written.
         rounding: "i8", "f8e4m3fn" or None.
+        window: How many slots a token sees at most, its own included; None: all.
 
     Returns:
         (B, T, heads * head_size), and with a cache the cache with this layer's new rows in their slots. A token whose
-        slot the cache does not have is not written, and sees all slots.
+        slot the cache does not have is not written, and sees all slots of its window.
     """
     batch, length, _ = qkv.shape
-    q, k, v = np.moveaxis(_wide(qkv).reshape(batch, length, 3, heads, head_size), (2, 3), (0, 2))  # (B, H, T, D) each
+    start = np.zeros(batch, np.int64) if position is None else position.astype(np.int64)
+    slots = start[:, None] + np.arange(length)  # (B, T)
+    wide = _wide(qkv).reshape(batch, length, heads + 2 * groups, head_size)
+    qk, v = wide[:, :, : heads + groups], np.swapaxes(wide[:, :, heads + groups :], 1, 2)  # (B, G, T, D)
+    if frequencies is not None:
+        qk = _turned(qk, slots, frequencies)
+    q, k = (np.swapaxes(each, 1, 2) for each in (qk[:, :, :heads], qk[:, :, heads:]))  # (B, H or G, T, D)
     if rounding is not None:
         k, v = (
             reference.quantize(each, np.asarray(by, np.float32), dtype=ROUNDINGS[rounding]).astype(np.float32)
             for each, by in ((k, k_scale), (v, v_scale))
         )
-    start = np.zeros(batch, np.int64) if position is None else position.astype(np.int64)
-    slots = start[:, None] + np.arange(length)  # (B, T)
     if cache is not None:
         cache = cache.copy()
         for row in range(batch):
@@ -193,20 +242,27 @@ def attention(
         k, v = _wide(cache[layer, 0]), _wide(cache[layer, 1])
     if rounding is not None:
         k, v = k * _wide(np.asarray(k_scale)), v * _wide(np.asarray(v_scale))
-    scores = (q * np.float32(scale)) @ np.swapaxes(k, 2, 3)  # (B, H, T, C)
-    visible = np.less_equal(np.arange(scores.shape[3]), slots[:, :, None])  # (B, T, C)
-    scores = np.where(visible[:, None], scores, np.float32(-np.inf))
+    q = (q * np.float32(scale)).reshape(batch, groups, heads // groups, length, head_size)
+    scores = q @ np.swapaxes(k, 2, 3)[:, :, None]  # (B, G, R, T, C)
+    at, own = np.arange(scores.shape[4]), slots[:, :, None]
+    visible: NDArray[np.bool_] = np.less_equal(at, own)  # (B, T, C)
+    if window is not None:
+        visible = visible & (at > own - window)
+    scores = np.where(visible[:, None, None], scores, np.float32(-np.inf))
     # What lies beyond the filled part of a cache may be anything, NaN too: it is left out, not multiplied by zero.
-    seen = visible.any(axis=1)[:, None, :, None]
-    y = reference.softmax(scores, axis=3) @ np.where(seen, v, np.float32(0))
-    y = reference.cast(np.swapaxes(y, 1, 2).reshape(batch, length, heads * head_size), dtype=dtype)
-    return y if cache is None else (y, cache)
+    seen = np.any(visible, axis=1)[:, None, :, None]
+    y = reference.softmax(scores, axis=4) @ np.where(seen, v, np.float32(0))[:, :, None]
+    y = np.moveaxis(y, 3, 1).reshape(batch, length, heads * head_size)
+    result = reference.cast(y, dtype=dtype)
+    return result if cache is None else (result, cache)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
     "linear": linear,
     "embedding": embedding,
     "last_rows": last_rows,
+    "rotary": rotary,
     "attention": attention,
 }

@@ -8,17 +8,23 @@ Three things happen, all through one finder on ``sys.meta_path``:
   stands in ``sys.modules`` while nvtripy is being imported and not a moment longer: left behind, it breaks programs
   that probe for TensorRT (``torch._dynamo`` calls ``find_spec("tensorrt")``).
 - once nvtripy is imported, its stack capture is replaced by one that remembers (:mod:`nvtripy_portable.stack_info`).
+
+Every start of Python in the environment pays for what this module imports, so it does without importlib.abc, which
+brings half of the standard library along (20 ms): its classes are not needed, only their methods. What else takes time
+is imported where it is used.
 """
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+
+TYPE_CHECKING = False  # typing's own costs an import of typing
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from types import ModuleType
 
 _BINDINGS = os.path.join(os.path.dirname(__file__), "bindings")
 _TENSORRT_DTYPES = ("float32", "float16", "fp8", "bfloat16", "int4", "int8", "int32", "int64", "bool")
@@ -31,13 +37,15 @@ def install() -> None:
         sys.meta_path.append(_BindingsFinder())
 
 
-class _BindingsFinder(importlib.abc.MetaPathFinder):
+class _BindingsFinder:
     """Last on the path: answers for ``mlir_tensorrt`` when nobody else did."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname == "mlir_tensorrt":
+            import importlib.util
+
             return importlib.util.spec_from_file_location(
                 fullname, os.path.join(_BINDINGS, "__init__.py"), submodule_search_locations=[_BINDINGS]
             )
@@ -50,7 +58,7 @@ class _BindingsFinder(importlib.abc.MetaPathFinder):
         return None
 
 
-class _NvtripyFinder(importlib.abc.MetaPathFinder):
+class _NvtripyFinder:
     """First on the path: finds nvtripy as everybody else would, and wraps its loader."""
 
     def find_spec(
@@ -60,18 +68,20 @@ class _NvtripyFinder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None and not _nvidia_is_installed():
-            spec.loader = _NvtripyLoader(spec.loader)
+            spec.loader = _NvtripyLoader(spec.loader)  # type: ignore[assignment]  # one by its methods
         return spec
 
 
-class _NvtripyLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+class _NvtripyLoader:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        import importlib.util
+
         # A module that the program itself put there counts as well; one without a spec makes find_spec raise.
         is_missing = "tensorrt" not in sys.modules and importlib.util.find_spec("tensorrt") is None
         stand_in = _tensorrt_stand_in() if is_missing else None
@@ -96,7 +106,7 @@ def _nvidia_is_installed() -> bool:
 
 
 def _tensorrt_stand_in() -> ModuleType:
-    module = ModuleType(
+    module = type(sys)(
         "tensorrt", "Data type names, for the time of nvtripy's import (see nvtripy_portable.importing)."
     )
     for name in _TENSORRT_DTYPES:

@@ -100,6 +100,26 @@ class Executor:
         except (IndexError, ValueError) as error:
             raise ExecutionError(f"{error}{where(self.lowered.location)}") from error
 
+    def step(
+        self,
+        tokens: np.ndarray,
+        segments: np.ndarray,
+        tables: np.ndarray,
+        rows: np.ndarray,
+        memory: np.ndarray,
+        page_tokens: int,
+        logits: np.ndarray,
+    ) -> None:
+        """One packed step, as ``decoder.Decoder.run`` describes it, of a program that is a decoder.
+
+        Raises:
+            ValueError: a token id, a position or a row that is not in its table, or pages that do not hold the tokens.
+        """
+        try:
+            self.lowered.program.step(tokens, segments, tables, rows, memory, page_tokens, logits)
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"{error}{where(self.lowered.location)}") from error
+
 
 def _array(value: np.ndarray | Version) -> np.ndarray:
     return value.copy() if isinstance(value, Version) else np.ascontiguousarray(value)

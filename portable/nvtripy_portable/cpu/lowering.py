@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nvtripy_portable import fused
-from nvtripy_portable.cpu import native
+from nvtripy_portable.cpu import native, tuning
 from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
 
 _FLOATS = ("f32", "f16", "bf16")
@@ -56,7 +56,8 @@ def lower(graph: Graph, module: Any) -> Lowered | None:
         module: ``nvtripy_portable._native``.
 
     Raises:
-        ValueError: ``NVTRIPY_PORTABLE_ISA`` asks for an instruction set that the CPU lacks.
+        ValueError: ``NVTRIPY_PORTABLE_ISA`` asks for an instruction set that the CPU lacks, or
+            ``NVTRIPY_PORTABLE_PREFETCH`` is no policy.
     """
     if not is_fused(graph):
         return None
@@ -94,6 +95,7 @@ class _Lowering:
         self.lengths: list[tuple[int, int]] = []
         self.forms: list[dict[str, Any]] = []
         self.norms: dict[Value, Operation] = {}  # that the one linear operation after them does
+        self.frequencies: dict[bytes, np.ndarray] = {}
         self.location = ""
         for operation in graph.operations:
             if operation.kind != "constant":
@@ -114,6 +116,8 @@ class _Lowering:
         _require(len(set(self.graph.outputs)) == len(outputs))
         _require(len([each for each in outputs if each.cache is not None]) == len(self.caches))
         arrays = [value for value in self.graph.outputs if value not in self.cache_of]
+        linear = {id(form["weight"]["data"]): form["weight"]["data"] for form in self.forms if form["kind"] == "linear"}
+        tuning.apply(module, native.isa(), list(linear.values()))
         program = module.Program(
             native.isa(),
             self.forms,
@@ -242,30 +246,34 @@ class _Lowering:
         assert x is not None
         width = self.widths[number]
         readers = self.uses.get(result, [])
-        if len(readers) == 1 and readers[0] is not None and readers[0].kind == "linear":
+        reader = readers[0] if len(readers) == 1 else None
+        if reader is not None and reader.kind == "linear" and reader.attributes["gate"] is None:
             self.norms[result] = operation
             self.leading[result] = self.leading[x]
             return
         y = self._result(operation, x, width)
-        self.forms.append({"kind": "layer_norm", "x": number, "y": y, "width": width, **self._norm(operation)})
+        self.forms.append({"kind": "norm", "x": number, "y": y, "width": width, **self._norm(operation)})
+
+    _rms_norm = _layer_norm  # which has no bias
 
     def _norm(self, operation: Operation) -> dict[str, Any]:
-        scale, bias = self._numbers(operation.operands[1]), self._numbers(operation.operands[2])
-        _require(scale is not None and bias is not None)
-        return {"norm_scale": scale, "norm_bias": bias, "epsilon": float(operation.attributes["epsilon"])}
+        numbers = [self._numbers(each) for each in operation.operands[1:]]
+        _require(all(each is not None for each in numbers))
+        form = dict(zip(("norm_scale", "norm_bias"), numbers, strict=False))
+        return form | {"epsilon": float(operation.attributes["epsilon"])}
 
     def _linear(self, operation: Operation) -> None:
         x, weight, weight_scale, bias, residual, pre_scale, input_scale = operation.operands
         attributes = operation.attributes
-        width = attributes["width"]
-        form: dict[str, Any] = {"kind": "linear", "width": width, "activation": attributes["activation"]}
+        width, gate = attributes["width"], attributes["gate"]
+        form: dict[str, Any] = {"kind": "linear", "width": width, "gate": gate, "activation": attributes["activation"]}
         assert x is not None
         if x in self.norms and x is not residual:
             form |= self._norm(self.norms[x])
             form["x"] = self._float(self.norms[x].operands[0])
         else:
             form["x"] = self._float(x)
-        _require(self.widths[form["x"]] == width)
+        _require(self.widths[form["x"]] == (width if gate is None else 2 * width))
         form["weight"] = self._matrix(weight, weight_scale, attributes["weight_dtype"], width)
         rows = form["weight"]["rows"]
         form["bias"] = self._numbers(bias)
@@ -298,11 +306,15 @@ class _Lowering:
             form["position"] = self._integer(position, 1)
         width = attributes["width"]
         form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], width)
-        form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
+        if position_table is not None:
+            form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
         self.leading[operation.results[0]] = (self.inputs[idx], 2)
         form["y"] = self._add(operation.results[0], attributes["width"])
         self.location = operation.location
         self.forms.append(form)
+
+    def _rotary(self, operation: Operation) -> None:
+        raise _CannotRun  # but in an attention
 
     def _last_rows(self, operation: Operation) -> None:
         x, last = operation.operands
@@ -316,23 +328,27 @@ class _Lowering:
         self.forms.append(form)
 
     def _attention(self, operation: Operation) -> None:
-        qkv, cache, position, k_scale, v_scale = operation.operands
+        qkv, cache, position, k_scale, v_scale, frequencies = operation.operands
         attributes = operation.attributes
-        heads, size = attributes["heads"], attributes["head_size"]
+        heads, groups, size = attributes["heads"], attributes["groups"], attributes["head_size"]
         number = self._float(qkv)
         assert qkv is not None
-        _require(self.widths[number] == 3 * heads * size and self.leading[qkv][1] == 2)
+        _require(self.widths[number] == (heads + 2 * groups) * size and self.leading[qkv][1] == 2)
         form: dict[str, Any] = {
             "kind": "attention",
             "x": number,
             "heads": heads,
+            "groups": groups,
             "head_size": size,
+            "window": attributes["window"],
             "score_scale": float(attributes["scale"]),
             "layer": attributes["layer"],
             "rounding": attributes["rounding"],
         }
         if attributes["rounding"] is not None:
             form |= {"k_scale": self._scalar(k_scale), "v_scale": self._scalar(v_scale)}
+        if frequencies is not None:
+            form |= self._frequencies(frequencies)
         if cache is not None:
             form["position"] = self._integer(position, 1)
             form["cache"] = self._cache(cache, position, qkv)
@@ -342,6 +358,13 @@ class _Lowering:
             _require(position is None)
         form["y"] = self._result(operation, qkv, heads * size)
         self.forms.append(form)
+
+    def _frequencies(self, value: Value) -> dict[str, Any]:
+        """Layers that turn alike share one array, by which the program knows that it has computed the turns already."""
+        numbers = self._numbers(value)
+        assert numbers is not None
+        shared = self.frequencies.setdefault(numbers.tobytes(), numbers)
+        return {"frequencies": shared, "half": len(shared)}
 
     def _cache(self, cache: Value, position: Value | None, qkv: Value) -> int:
         """The number of a cache, of which ``cache`` is the newest version and read here only."""

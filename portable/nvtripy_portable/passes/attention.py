@@ -35,6 +35,7 @@ from nvtripy_portable.elements import (
 from nvtripy_portable.fused import ROUNDINGS
 from nvtripy_portable.graph import Graph, Operation, Value
 from nvtripy_portable.inequalities import (
+    AtLeastZero,
     Every,
     Formula,
     Number,
@@ -49,9 +50,9 @@ from nvtripy_portable.inequalities import (
 from nvtripy_portable.rewrite import Any, Bound, Cast, Op, constant
 
 _MASKED = Op("select", Any("mask"), Any("then"), Any("otherwise"), name="masked")
-_WEIGHTS = Cast(Op("softmax", Cast(_MASKED), axis=3))
+_WEIGHTS = Cast(Op("softmax", Cast(_MASKED)))
 _WEIGHTED = Cast(Op("matrix_multiply", _WEIGHTS, Any("v"), op0="kNONE", op1="kNONE", name="weighted"))
-_SKELETON = Op("reshape", Op("transpose", _WEIGHTED, permutation=(0, 2, 1, 3)))
+_SKELETON = Op("reshape", Op("transpose", _WEIGHTED))
 
 
 def run(graph: Graph) -> None:
@@ -93,8 +94,17 @@ def _replace(graph: Graph, replacements: dict[Operation, list[Operation]], new_v
 
 
 @dataclass(frozen=True)
+class _Turn:
+    """By which queries and keys are turned: the operands of ``rotary``."""
+
+    position: Value | None
+    frequencies: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class _Rows:
-    """Where keys or values come from: the parts of what is common to both, and the scale at which they are rounded."""
+    """Where keys or values come from: the parts of what is common to both, the scale at which they are rounded, and
+    whether they are turned."""
 
     qkv: Value
     cache: Value | None
@@ -102,18 +112,34 @@ class _Rows:
     layer: int
     rounding: str | None
     scale: float | None = field(compare=False)
+    turn: _Turn | None = field(compare=False)
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Sizes and indices of an attention: sequences, heads, tokens, slots, features."""
+    """Sizes and indices of an attention: sequences, groups of heads that share keys, heads of a group, tokens, slots,
+    features. Heads that share nothing are groups of one, which have no dimension of their own (``rank`` 4, not 5)."""
 
-    sizes: tuple[Dim, Dim, Dim, Dim, Dim]
+    sizes: tuple[Dim, int, int, Dim, Dim, int]
+    rank: int
+
+    @staticmethod
+    def of(weighted: Sequence[Dim], slots: Dim) -> _Frame | None:
+        """From the shape of weighted values, (B, H, T, D) or (B, G, R, T, D)."""
+        if len(weighted) not in (4, 5):
+            return None
+        batch, groups, *repeats, length, head_size = weighted
+        (repeat,) = repeats or (1,)
+        if None in (batch, length, slots):
+            return None
+        if not isinstance(groups, int) or not isinstance(repeat, int) or not isinstance(head_size, int):
+            return None
+        return _Frame((batch, groups, repeat, length, slots, head_size), len(weighted))
 
     @property
-    def indices(self) -> tuple[Number, Number, Number, Number, Number]:
-        b, h, t, c, d = (axis(name, size) for name, size in zip("bhtcd", self.sizes, strict=True))
-        return b, h, t, c, d
+    def indices(self) -> tuple[Number, Number, Number, Number, Number, Number]:
+        b, g, r, t, c, d = (axis(name, size) for name, size in zip("bgrtcd", self.sizes, strict=True))
+        return b, g, r, t, c, d
 
     @property
     def given(self) -> Formula:
@@ -121,8 +147,26 @@ class _Frame:
 
     @property
     def cache_shape(self) -> tuple[Dim, ...]:
-        batch, heads, _, slots, head_size = self.sizes
-        return 2, batch, heads, slots, head_size
+        batch, groups, _, _, slots, head_size = self.sizes
+        return 2, batch, groups, slots, head_size
+
+    @property
+    def head(self) -> Number:
+        """The number of a head among all."""
+        return add(multiply(self.indices[1], self.sizes[2]), self.indices[2])
+
+    @property
+    def heads(self) -> int:
+        return self.sizes[1] * self.sizes[2]
+
+    def shape(self, *names: str) -> tuple[Dim, ...]:
+        """Sizes of the dimensions of that name, without the one of a group's heads where there is none."""
+        sizes = dict(zip("bgrtcd", self.sizes, strict=True)) | {"1": 1}
+        return tuple(sizes[name] for name in names if self.rank == 5 or name not in "r1")
+
+    def index(self, *names: str) -> tuple[Number, ...]:
+        indices: dict[str, Number] = dict(zip("bgrtcd", self.indices, strict=True)) | {"1": 0}
+        return tuple(indices[name] for name in names if self.rank == 5 or name not in "r1")
 
 
 @dataclass(frozen=True)
@@ -132,80 +176,125 @@ class _Attention:
     keys: _Rows
     values: _Rows
     scale: float
+    window: int | None
 
     def operations(self, cache: Value | None) -> list[Operation]:
         """The attention, on ``cache``, after the constants that it reads."""
-        scales = [
-            None if rows.scale is None else constant(np.array(rows.scale, np.float32))
-            for rows in (self.keys, self.values)
+        turn = self.keys.turn
+        numbers = [self.keys.scale, self.values.scale, None if turn is None else turn.frequencies]
+        constants = [None if each is None else constant(np.array(each, np.float32)) for each in numbers]
+        operands = [
+            self.keys.qkv,
+            cache,
+            self.keys.position,
+            *(each.results[0] if each else None for each in constants),
         ]
-        operands = [self.keys.qkv, cache, self.keys.position, *(each.results[0] if each else None for each in scales)]
         attributes = {
-            "heads": self.frame.sizes[1],
-            "head_size": self.frame.sizes[4],
+            "heads": self.frame.heads,
+            "groups": self.frame.sizes[1],
+            "head_size": self.frame.sizes[5],
             "scale": self.scale,
             "layer": self.keys.layer,
             "rounding": self.keys.rounding,
+            "window": self.window,
             "dtype": self.root.results[0].type.dtype,
         }
         types = [self.root.results[0].type, *([] if cache is None else [cache.type])]
         attention = Operation("attention", operands, attributes, types, self.root.location)
-        return [*filter(None, scales), attention]
+        return [*filter(None, constants), attention]
 
 
 def _recognised(root: Operation, elements: Elements) -> _Attention | None:
     bound = Bound()
     if not _SKELETON.match_operation(root, bound) or root.results[0].type.dtype not in FLOATS:
         return None
-    masked, v = bound.values["masked"], bound.values["v"]
-    batch, heads, length, head_size = bound.values["weighted"].type.shape
-    frame = _Frame((batch, heads, length, masked.type.shape[-1], head_size))
-    b, h, t, c, d = frame.indices
-    slots = frame.sizes[3]
-    if None in frame.sizes or not isinstance(heads, int) or not isinstance(head_size, int):
+    masked, v, weighted = bound.values["masked"], bound.values["v"], bound.values["weighted"]
+    frame = _Frame.of(weighted.type.shape, masked.type.shape[-1])
+    if frame is None or bound.operations["softmax"].attributes["axis"] != frame.rank - 1:
         return None
-    width = heads * head_size
+    b, _, _, t, c, d = frame.indices
+    batch, groups, _, length, slots, head_size = frame.sizes
+    feature = add(multiply(frame.head, head_size), d)
+    if root.results[0].type.shape != (batch, length, frame.heads * head_size):
+        return None
+    if elements.element(root.results[0], (b, t, feature), frame.given) != Read(weighted, frame.index(*"bgrtd")):
+        return None
 
     visible, scores = bound.values["then"], bound.values["otherwise"]
     is_hidden = _is_minus_infinity(visible)
     if not is_hidden:
         visible, scores = scores, visible
-    if not _is_minus_infinity(visible) or scores.type.shape != (batch, heads, length, slots):
+    if not _is_minus_infinity(visible) or scores.type.shape != frame.shape(*"bgrtc"):
         return None
-    score, factor = _unscaled(elements.element(scores, (b, h, t, c), frame.given))
-    product = score.value.producer if isinstance(score, Read) and score.index == (b, h, t, c) else None
+    score, factor = _unscaled(elements.element(scores, frame.index(*"bgrtc"), frame.given))
+    is_product = isinstance(score, Read) and score.index == frame.index(*"bgrtc")
+    product = score.value.producer if isinstance(score, Read) and is_product else None
     if product is None or product.kind != "matrix_multiply" or product.attributes["op0"] != "kNONE":
         return None
     q, k = product.operands
-    is_transposed = product.attributes["op1"] == "kTRANSPOSE"
-    k_shape = (batch, heads, slots, head_size) if is_transposed else (batch, heads, head_size, slots)
-    if q is None or k is None or q.type.shape != (batch, heads, length, head_size) or k.type.shape != k_shape:
+    features_and_slots = "cd" if product.attributes["op1"] == "kTRANSPOSE" else "dc"
+    if q is None or k is None or q.type.shape != frame.shape(*"bgrtd"):
         return None
-    if v.type.shape != (batch, heads, slots, head_size) or root.results[0].type.shape != (batch, length, width):
-        return None
-
-    query, own_factor = _unscaled(elements.element(q, (b, h, t, d), frame.given))
-    keys = _scaled_rows(
-        elements.element(k, (b, h, c, d) if is_transposed else (b, h, d, c), frame.given), 0, frame, elements
-    )
-    values = _scaled_rows(elements.element(v, (b, h, c, d), frame.given), 1, frame, elements)
-    if keys is None or keys != values or not isinstance(query, Read) or query.value is not keys.qkv:
-        return None
-    if not same_index(query.index, (b, t, add(multiply(h, head_size), d)), frame.given):
-        return None
-    if keys.qkv.type.shape != (batch, length, 3 * width) or keys.qkv.type.dtype not in FLOATS:
+    if k.type.shape != frame.shape(*"bg1", *features_and_slots) or v.type.shape != frame.shape(*"bg1cd"):
         return None
 
-    at = aligned(bound.values["mask"], masked, (b, h, t, c))
+    query, own_factor = _unscaled(elements.element(q, frame.index(*"bgrtd"), frame.given))
+    keys = _scaled_rows(elements.element(k, frame.index(*"bg1", *features_and_slots), frame.given), 0, frame, elements)
+    values = _scaled_rows(elements.element(v, frame.index(*"bg1cd"), frame.given), 1, frame, elements)
+    if keys is None or values is None or keys != values or values.turn is not None:
+        return None
+    query, turn = _unturned(query, (b, t, frame.head, d), frame.given, elements)
+    if not isinstance(query, Read) or query.value is not keys.qkv or turn != keys.turn:
+        return None
+    if turn is not None and turn.position is not keys.position:
+        return None
+    if not same_index(query.index, (b, t, feature), frame.given):
+        return None
+    if keys.qkv.type.shape != (batch, length, (frame.heads + 2 * groups) * head_size):
+        return None
+    if keys.qkv.type.dtype not in FLOATS:
+        return None
+
+    at = aligned(bound.values["mask"], masked, frame.index(*"bgrtc"))
     truth = None if at is None else elements.truth(bound.values["mask"], at, frame.given)
     own_slot = t if keys.position is None else add(elements.symbol(keys.position, (b,)), t)
-    wanted = at_most(c, own_slot)
-    if truth is None or not equivalent(frame.given, truth, negated(wanted) if is_hidden else wanted):
+    if truth is None or (keys.cache is None and slots != length):
         return None
-    if keys.cache is None and slots != length:
-        return None
-    assert values is not None  # as it equals the keys
-    return _Attention(root, frame, keys, values, factor * own_factor)
+    truth = negated(truth) if is_hidden else truth
+    for window in (None, *_windows(truth, c, own_slot)):
+        wanted = at_most(c, own_slot)
+        if window is not None:
+            wanted = Every((wanted, less(subtract(own_slot, window), c)))
+        if equivalent(frame.given, truth, wanted):
+            return _Attention(root, frame, keys, values, factor * own_factor, window)
+    return None
+
+
+def _windows(truth: Formula, slot: Number, own_slot: Number) -> list[int]:
+    """Numbers of slots that a token may see by a condition: those by which it tells slots apart."""
+    if not isinstance(truth, AtLeastZero):
+        return [window for part in truth.parts for window in _windows(part, slot, own_slot)]
+    distances = (
+        subtract(truth.number, subtract(slot, own_slot)),
+        subtract(subtract(-1, truth.number), subtract(slot, own_slot)),
+    )
+    return [each + 1 for each in distances if isinstance(each, int) and each >= 0]
+
+
+def _unturned(
+    element: Element, index: tuple[Number, ...], given: Formula, elements: Elements
+) -> tuple[Element, _Turn | None]:
+    """What is turned, and by what, where a query or a key is an element (b, token, head, d) of turned heads."""
+    operation = element.value.producer if isinstance(element, Read) else None
+    if not isinstance(element, Read) or operation is None or operation.kind != "rotary":
+        return element, None
+    x, position, frequencies = operation.operands
+    if x is None or frequencies is None or frequencies.constant is None:
+        return element, None
+    if not same_index((*element.index[:2], element.index[3]), (*index[:2], index[3]), given):
+        return element, None
+    turn = _Turn(position, tuple(frequencies.constant.tolist()))
+    return elements.element(x, element.index, given), turn
 
 
 def _is_minus_infinity(value: Value) -> bool:
@@ -229,10 +318,10 @@ def _scaled_rows(element: Element, half: int, frame: _Frame, elements: Elements)
 
 
 def _rows(element: Element, half: int, frame: _Frame, elements: Elements) -> _Rows | None:
-    """Keys or values at (b, h, c, d) as a cache would hold them: this call's own, or those in their slots of it."""
-    b, h, _, c, d = frame.indices
-    heads, length, head_size = frame.sizes[1], frame.sizes[2], frame.sizes[4]
-    assert isinstance(heads, int) and isinstance(head_size, int) and length is not None  # as its caller has seen
+    """Keys or values at (b, g, c, d) as a cache would hold them: this call's own, or those in their slots of it."""
+    b, g, _, _, c, d = frame.indices
+    _, groups, _, length, _, head_size = frame.sizes
+    assert length is not None  # as its caller has seen
     cache, position, layer, token, given, cache_dtype = None, None, 0, c, frame.given, None
     if isinstance(element, Choice):
         for start in elements.reads(element.condition):
@@ -253,7 +342,7 @@ def _rows(element: Element, half: int, frame: _Frame, elements: Elements) -> _Ro
         if not isinstance(old, Read) or old.value.type.shape[1:] != frame.cache_shape:
             return None
         cache, cache_dtype, layer_index = old.value, element.dtype, old.index[0]
-        if not isinstance(layer_index, int) or old.index != (layer_index, half, b, h, c, d):
+        if not isinstance(layer_index, int) or old.index != (layer_index, half, b, g, c, d):
             return None
         layer, element = layer_index, new
     rounding, scale = None, None
@@ -265,10 +354,12 @@ def _rows(element: Element, half: int, frame: _Frame, elements: Elements) -> _Ro
             return None
     if cache is not None and not _holds(cache.type.dtype, rounding, cache_dtype):
         return None
-    feature = add((half + 1) * heads * head_size, multiply(h, head_size), d)
+    head = add(frame.heads + half * groups, g)
+    element, turn = _unturned(element, (b, token, head, d), given, elements)
+    feature = add(multiply(head, head_size), d)
     if not isinstance(element, Read) or not same_index(element.index, (b, token, feature), given):
         return None
-    return _Rows(element.value, cache, position, layer, rounding, scale)
+    return _Rows(element.value, cache, position, layer, rounding, scale, turn)
 
 
 def _holds(cache_dtype: str, rounding: str | None, dtype: str | None) -> bool:
@@ -298,13 +389,13 @@ def _returned_cache(graph: Graph, cache: Value, chain: Sequence[_Attention], ele
 
 def _is_updated(new: Value, cache: Value, by_layer: dict[int, _Attention], elements: Elements) -> bool:
     frame = next(iter(by_layer.values())).frame
-    b, h, _, c, d = frame.indices
+    b, g, _, _, c, d = frame.indices
     layers = cache.type.shape[0]
     if not isinstance(layers, int):
         return False
     for layer in range(layers):
         for half in range(2):
-            index = (layer, half, b, h, c, d)
+            index = (layer, half, b, g, c, d)
             element = elements.element(new, index, frame.given)
             attention = by_layer.get(layer)
             if attention is None:
@@ -317,6 +408,6 @@ def _is_updated(new: Value, cache: Value, by_layer: dict[int, _Attention], eleme
                     return False
                 element = element.element
             found = _rows(element, half, frame, elements)
-            if found != wanted or found is None or found.scale != wanted.scale:
+            if found != wanted or found is None or (found.scale, found.turn) != (wanted.scale, wanted.turn):
                 return False
     return True

@@ -1,13 +1,11 @@
-"""The sum of a look-up by token and one by position becomes ``embedding``."""
+"""A look-up by token, or the sum of one and of a look-up by position, becomes ``embedding``."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from nvtripy_portable.dims import Dim
-from nvtripy_portable.elements import Elements, axis, within
+from nvtripy_portable.elements import Elements, start_of
 from nvtripy_portable.graph import Graph, Operation, Value
-from nvtripy_portable.inequalities import add
 from nvtripy_portable.rewrite import FLOATS, Any, Bound, Cast, Constant, Op, Rule, apply, constant, is_float_cast
 
 
@@ -25,15 +23,44 @@ def run(graph: Graph) -> None:
     ]
     cast = Rule("result in another type", Op("cast", Op("embedding")), _output_cast, exclusive=True)
     apply(graph, [*rules, cast])
+    graph.remove_dead_operations()
+    inputs = {entry.value for entry in graph.inputs}
+    alone = [Rule(f"{kind} rows", rows, lambda bound: _alone(bound, inputs)) for kind, rows in _ROWS.items()]
+    apply(graph, [*alone, cast])
 
 
-def _rows(what: str) -> dict[str, Cast]:
+def _look_ups(what: str) -> dict[str, Op]:
     """A look-up in a table, in its two forms."""
     table, scale, indices = Constant(f"{what}_table"), Constant(f"{what}_scale"), Any(f"{what}_indices")
     return {
-        "float": Cast(Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows")),
-        "quantized": Cast(Op("quantized_rows", table, scale, indices, name=f"{what}_rows")),
+        "float": Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows"),
+        "quantized": Op("quantized_rows", table, scale, indices, name=f"{what}_rows"),
     }
+
+
+def _rows(what: str) -> dict[str, Cast]:
+    return {kind: Cast(rows) for kind, rows in _look_ups(what).items()}
+
+
+_ROWS = _look_ups("token")
+
+
+def _alone(bound: Bound, inputs: set[Value]) -> list[Operation] | None:
+    """Where nothing is added: positions are said otherwise."""
+    rows = bound.operations["token_rows"]
+    idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
+    if idx not in inputs or idx is None or idx.type.rank != 2 or table is None:
+        return None
+    result = rows.results[0]
+    if result.type.dtype not in FLOATS or result.type.rank != 3:
+        return None
+    attributes = {
+        "weight_dtype": rows.attributes.get("weight_dtype", table.type.dtype),
+        "position_dtype": None,
+        "width": result.type.shape[-1],
+        "dtype": result.type.dtype,
+    }
+    return [Operation("embedding", [idx, None, table, scale, None, None], attributes, [])]
 
 
 def _looked_up(bound: Bound, elements: Elements) -> list[Operation] | None:
@@ -45,7 +72,8 @@ def _looked_up(bound: Bound, elements: Elements) -> list[Operation] | None:
         if at.size and not -len(table) <= at.min() <= at.max() < len(table):
             return None  # an error of the program's, when it runs
         return _embedding(bound, None, table[at], scale[at] if scale is not None and scale.ndim else scale)
-    found = _start(positions, bound.values["token_indices"].type.shape, elements)
+    shape = bound.values["token_indices"].type.shape
+    found = start_of(positions, shape, elements) if positions.type.rank == 2 else None
     return None if found is None else _embedding(bound, found[0], table, scale)
 
 
@@ -77,20 +105,6 @@ def _embedding(
     operands = [idx, position, table, scale, *(each.results[0] for each in positions)]
     operands += [None] * (6 - len(operands))
     return [*positions, Operation("embedding", operands, attributes, [])]
-
-
-def _start(positions: Value, shape: tuple[Dim, ...], elements: Elements) -> tuple[Value | None] | None:
-    """The value ``position`` where ``positions[b, t]`` is ``position[b] + t``, None where it is ``t``."""
-    if positions.type.rank != 2 or len(shape) != 2 or positions.type.shape not in (shape, (1, shape[1])):
-        return None
-    b, t = axis("b", positions.type.shape[0]), axis("t", shape[1])
-    number = elements.number(positions, (b, t), within((b, t), positions.type.shape))
-    if number == t:
-        return (None,)
-    for start in elements.reads(number):
-        if start.value.type.shape == shape[:1] and number == add(elements.symbol(start.value, (b,)), t):
-            return (start.value,)
-    return None
 
 
 def _output_cast(bound: Bound) -> list[Operation] | None:

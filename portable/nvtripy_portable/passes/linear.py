@@ -1,8 +1,8 @@
-"""A ``linear`` operation takes in what stands around its product: scaling and rounding of the input, bias, activation,
-residual and casts.
+"""A ``linear`` operation takes in what stands around its product: a gate, scaling and rounding of the input, bias,
+activation, residual and casts.
 
-``activation(round(x * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from the
-inside out, what comes before it from the outside in, so that nothing changes places.
+``activation(round(gated(x) * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from
+the inside out, what comes before it from the outside in, so that nothing changes places.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any as Anything
 
 import numpy as np
 
+from nvtripy_portable.elements import FLOATS, Elements, Read, axis, same_index, within
 from nvtripy_portable.fused import ROUNDINGS
 from nvtripy_portable.graph import Graph, Operation
+from nvtripy_portable.inequalities import add
 from nvtripy_portable.rewrite import (
     Any,
     Bound,
@@ -23,6 +25,7 @@ from nvtripy_portable.rewrite import (
     Either,
     Number,
     Op,
+    Pattern,
     Rule,
     apply,
     as_vector,
@@ -31,11 +34,17 @@ from nvtripy_portable.rewrite import (
     is_float_cast,
 )
 
+_BEFORE_PRODUCT = ("pre_scale", "input_dtype", "gate")  # what an input has gone through already
 _OPERANDS = ("x", "weight", "weight_scale", "bias", "residual", "pre_scale", "input_scale")
 
 
 def run(graph: Graph) -> None:
-    apply(graph, _RULES)
+    elements = Elements()
+    gates = [
+        Rule(f"{name} gate", Op("linear", Cast(pattern)), functools.partial(_gate, name.partition(",")[0], elements))
+        for name, pattern in _GATES.items()
+    ]
+    apply(graph, [*_BEFORE, *gates, *_AFTER])
 
 
 def _with(linear: Operation, **changes: Anything) -> Operation:
@@ -69,7 +78,7 @@ def _input_cast(bound: Bound) -> list[Operation] | None:
 def _rounding(bound: Bound) -> list[Operation] | None:
     linear, dtype = bound.operations["linear"], bound.operations["quantize"].attributes["dtype"]
     scale, back = bound.constant("scale"), bound.constant("back")
-    if _has(linear, "pre_scale", "input_dtype") or dtype not in ROUNDINGS or scale.size != 1 or scale != back:
+    if _has(linear, *_BEFORE_PRODUCT) or dtype not in ROUNDINGS or scale.size != 1 or scale != back:
         return None
     number = constant(scale.astype(np.float32).reshape(()))
     return [number, _with(linear, x=bound.values["x"], input_dtype=dtype, input_scale=number.results[0])]
@@ -78,7 +87,7 @@ def _rounding(bound: Bound) -> list[Operation] | None:
 def _rounding_by_token(bound: Bound) -> list[Operation] | None:
     linear, dtype = bound.operations["linear"], bound.operations["quantize"].attributes["dtype"]
     x, back = bound.values["x"], bound.operations["back"]
-    if _has(linear, "pre_scale", "input_dtype") or dtype not in ROUNDINGS or back.attributes["dtype"] != "f32":
+    if _has(linear, *_BEFORE_PRODUCT) or dtype not in ROUNDINGS or back.attributes["dtype"] != "f32":
         return None
     if bound.operations["reduce"].attributes["axes"] != (x.type.rank - 1,) or x.type.dtype != "f32":
         return None
@@ -88,10 +97,34 @@ def _rounding_by_token(bound: Bound) -> list[Operation] | None:
 def _pre_scale(bound: Bound) -> list[Operation] | None:
     linear, x = bound.operations["linear"], bound.values["x"]
     vector = as_vector(bound.values["by"], linear.attributes["width"])
-    if vector is None or _has(linear, "pre_scale") or x.type.shape != bound.values["scaled"].type.shape:
+    if vector is None or _has(linear, "pre_scale", "gate") or x.type.shape != bound.values["scaled"].type.shape:
         return None
     by = constant(vector)
     return [by, _with(linear, x=x, pre_scale=by.results[0])]
+
+
+def _gate(name: str, elements: Elements, bound: Bound) -> list[Operation] | None:
+    """``gate(first half) * second half`` of one value's last dimension."""
+    linear, product, parts = (
+        bound.operations["linear"],
+        bound.values["gated"],
+        (bound.values["gate"], bound.values["up"]),
+    )
+    shape, width = product.type.shape, linear.attributes["width"]
+    if _has(linear, "gate") or None in shape or any(part.type.shape != shape for part in parts):
+        return None
+    index = tuple(axis(f"x{place}", size) for place, size in enumerate(shape))
+    given = within(index, shape)
+    first, second = (elements.element(part, index, given) for part in parts)
+    if not isinstance(first, Read) or not isinstance(second, Read) or first.value is not second.value:
+        return None
+    x = first.value
+    if x.type.shape != (*shape[:-1], 2 * width) or x.type.dtype not in FLOATS:
+        return None
+    up = (*index[:-1], add(width, index[-1]))
+    if not same_index(first.index, index, given) or not same_index(second.index, up, given):
+        return None
+    return [_with(linear, x=x, gate=name)]
 
 
 # --- after the product ------------------------------------------------------------------------------------------------
@@ -109,6 +142,14 @@ def _bias(bound: Bound) -> list[Operation] | None:
 def _activation(name: str, bound: Bound) -> list[Operation] | None:
     linear = bound.operations["linear"]
     return None if _has(linear, "activation", "residual") else [_with(linear, activation=name)]
+
+
+def _squared_relu(bound: Bound) -> list[Operation] | None:
+    linear = bound.operations["linear"]
+    is_square = bound.operations["element_wise"].operands[0] is bound.operations["element_wise"].operands[1]
+    if linear.attributes["activation"] != "relu" or _has(linear, "residual") or not is_square:
+        return None
+    return [_with(linear, activation="relu2")]
 
 
 def _residual(bound: Bound) -> list[Operation] | None:
@@ -137,31 +178,39 @@ _BEFORE = (
     Rule("scaled input", Op("linear", Cast(_SCALED)), _pre_scale),
 )
 
-_WIDE_Y = Cast(_LINEAR)
-_CUBE = binary("kPROD", binary("kPROD", _WIDE_Y, _WIDE_Y), _WIDE_Y)
-_INNER = binary(
-    "kPROD", binary("kSUM", binary("kPROD", _CUBE, Number(0.044715)), _WIDE_Y), Number(math.sqrt(2 / math.pi))
-)
-_TANH = Op("activation", _INNER, operation="kTANH")
-_HALVES = binary("kPROD", binary("kPROD", binary("kSUM", _TANH, Number(1.0)), _WIDE_Y), Number(0.5))
 
-_AFTER_ACTIVATIONS = {
-    "relu": Op("activation", _LINEAR, operation="kRELU"),
-    "gelu_erf": Op("activation", _LINEAR, operation="kGELU_ERF"),
-    "gelu_tanh": Op("activation", _LINEAR, operation="kGELU_TANH"),
-    "gelu_tanh, spelled out": _HALVES,
-    "silu": binary("kPROD", Op("activation", _LINEAR, operation="kSIGMOID"), _LINEAR),
+def _activations(x: Pattern) -> dict[str, Op]:
+    """The activations of ``x``, as programs spell them. What stands behind a comma tells spellings apart."""
+    wide = Cast(x)
+    cube = binary("kPROD", binary("kPROD", wide, wide), wide)
+    inner = binary(
+        "kPROD", binary("kSUM", binary("kPROD", cube, Number(0.044715)), wide), Number(math.sqrt(2 / math.pi))
+    )
+    tanh, relu = Op("activation", inner, operation="kTANH"), Op("activation", x, operation="kRELU")
+    return {
+        "relu": relu,
+        "relu2": binary("kPROD", relu, relu),
+        "gelu_erf": Op("activation", x, operation="kGELU_ERF"),
+        "gelu_tanh": Op("activation", x, operation="kGELU_TANH"),
+        "gelu_tanh, spelled out": binary(
+            "kPROD", binary("kPROD", binary("kSUM", tanh, Number(1.0)), wide), Number(0.5)
+        ),
+        "silu": binary("kPROD", Op("activation", x, operation="kSIGMOID"), x),
+    }
+
+
+_GATES = {
+    name: binary("kPROD", Cast(pattern), Any("up"), name="gated") for name, pattern in _activations(Any("gate")).items()
 }
 
 _AFTER = (
     Rule("bias", binary("kSUM", _LINEAR, Constant("bias")), _bias, exclusive=True),
     *(
         Rule(name, pattern, functools.partial(_activation, name.partition(",")[0]), exclusive=True)
-        for name, pattern in _AFTER_ACTIVATIONS.items()
+        for name, pattern in _activations(_LINEAR).items()
     ),
+    Rule("square of a relu", binary("kPROD", _LINEAR, _LINEAR), _squared_relu, exclusive=True),
     Rule("residual", Op("element_wise", _LINEAR, Any("residual"), operation="kSUM"), _residual, exclusive=True),
     Rule("residual before", Op("element_wise", Any("residual"), _LINEAR, operation="kSUM"), _residual, exclusive=True),
     Rule("result in another type", Op("cast", _LINEAR), _output_cast, exclusive=True),
 )
-
-_RULES = (*_BEFORE, *_AFTER)

@@ -136,6 +136,7 @@ def _linear(bound: Bound, packed: _Packed | None) -> list[Operation] | None:
     attributes = {
         "weight_dtype": packed.dtype,
         "width": packed.width,
+        "gate": None,
         "input_dtype": None,
         "activation": None,
         "dtype": result.type.dtype,

@@ -1,0 +1,146 @@
+// Rows of weights as the rows of tiles: kPanelDepth numbers of up to kTileWeights rows, converted once and met by all tokens.
+// Weights that could be used where they lie are copied as well: rows of a width like 4096 would all fall on the same lines of
+// the first-level cache, and a copy takes a tenth of the time in which memory delivers them.
+#pragma once
+
+#include <utility>
+
+#include "amx_inputs.h"
+#include "amx_tiles.h"
+#include "dequantize.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace nvtripy_portable::ISA {
+
+// Float16 has 11 significant bits: rounded to 8 it is one bfloat16, what that leaves another. Everything else is one.
+inline int sides_of(const Matrix& weight) { return weight.dtype == Dtype::f16 ? 2 : 1; }
+
+// Where a panel's tile lies: of 16 rows, of one step, high or low.
+struct PanelTiles {
+    char* begin;
+    int64_t steps;  // in kPanelDepth numbers
+    int sides;
+    char* at(int64_t rows, int64_t step, int side) const {
+        return begin + ((rows * steps + step) * sides + side) * kTileBytes;
+    }
+};
+
+// Asks for memory that is read once and used a while later: what comes is to wait in the second-level cache, which is 2 MB
+// wherever there is AMX. Inlined always: GCC takes a function that only prefetches for one that does nothing.
+__attribute__((always_inline)) inline void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// The upper halves of 2W float32: bfloat16, where the lower ones are zeros or not wanted.
+typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
+typedef uint16_t Halves __attribute__((vector_size(sizeof(F))));
+template <size_t... kIndex>
+inline Halves upper_halves(Halves first, Halves second, std::index_sequence<kIndex...>) {
+    return __builtin_shufflevector(first, second, (2 * kIndex + 1)...);
+}
+inline void store_upper_halves(char* to, F first, F second) {
+    const Halves halves = upper_halves(reinterpret_cast<Halves>(first), reinterpret_cast<Halves>(second),
+                                       std::make_index_sequence<2 * W>());
+    std::memcpy(to, &halves, sizeof halves);
+}
+// Rounded to the nearest bfloat16, a half away from zero.
+inline F near_bf16(F x) { return reinterpret_cast<F>((reinterpret_cast<Words>(x) + 0x8000u) & 0xffff0000u); }
+
+// 32 numbers as a line of a tile, or of two. What is stored as 8 bits or less needs no second. An infinite float16 has NaN
+// there.
+template <class Numbers, int kSides>
+inline void fill_line(const typename Numbers::Stored* from, char* high, char* low) {
+    for (int i = 0; i < 32; i += 2 * W) {
+        const F numbers[2] = {Numbers::load(from + i), Numbers::load(from + i + W)};
+        if constexpr (kSides == 1) {
+            store_upper_halves(high + i * 2, numbers[0], numbers[1]);
+        } else {
+            const F near[2] = {near_bf16(numbers[0]), near_bf16(numbers[1])};
+            store_upper_halves(high + i * 2, near[0], near[1]);
+            store_upper_halves(low + i * 2, sub(numbers[0], near[0]), sub(numbers[1], near[1]));
+        }
+    }
+}
+template <>
+inline void fill_line<BF16, 1>(const uint16_t* from, char* high, char*) { std::memcpy(high, from, kTileRowBytes); }
+
+// The numbers first <= k < first + kPanelDepth of a row, zeros beyond its end; `row` counts the panel's.
+template <class Numbers, int kSides>
+inline void fill_float_row(const uint8_t* data, int64_t width, int64_t first, int64_t row, const PanelTiles& to) {
+    using Stored = typename Numbers::Stored;
+    const auto* from = reinterpret_cast<const Stored*>(data) + first;
+    Stored part[kPanelDepth];
+    if (width - first < kPanelDepth) {
+        std::memset(part, 0, sizeof part);
+        std::memcpy(part, from, static_cast<size_t>(width - first) * sizeof *part);
+        from = part;
+    }
+    char* line = to.at(row / kTileSide, 0, 0) + row % kTileSide * kTileRowBytes;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kPanelDepth; k += 32, line += kSides * kTileBytes)
+        fill_line<Numbers, kSides>(from + k, line, line + kTileBytes);
+}
+
+// Packed int4 as integers, for each run the even ones before the odd ones.
+template <int kRun>
+inline void unpack_runs(const uint8_t* packed, int8_t* const (&lines)[2]) {
+    for (int start = 0; start < kPanelDepth; start += kRun) {
+        const int odd = start + kRun / 2;
+        int8_t *first = lines[start / 64] + start % 64, *second = lines[odd / 64] + odd % 64;
+        for (int i = 0; i < kRun / 2; ++i) {
+            const uint8_t both = packed[start / 2 + i];
+            first[i] = static_cast<int8_t>(((both & 15) ^ 8) - 8);
+            second[i] = static_cast<int8_t>(((both >> 4) ^ 8) - 8);
+        }
+    }
+}
+
+// As fill_float_row.
+inline void fill_integer_row(const Matrix& weight, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
+    const bool int4 = weight.dtype == Dtype::i4;
+    const int64_t skipped = int4 ? first / 2 : first, bytes = int4 ? kPanelDepth / 2 : kPanelDepth;
+    const uint8_t* from = data + skipped;
+    uint8_t part[kPanelDepth];
+    if (weight.row_bytes() - skipped < bytes) {
+        std::memset(part, 0, sizeof part);
+        std::memcpy(part, from, static_cast<size_t>(weight.row_bytes() - skipped));
+        from = part;
+    }
+    int8_t* const lines[2] = {
+        reinterpret_cast<int8_t*>(to.at(row / kTileSide, 0, 0) + row % kTileSide * kTileRowBytes),
+        reinterpret_cast<int8_t*>(to.at(row / kTileSide, 1, 0) + row % kTileSide * kTileRowBytes)};
+    if (!int4)
+        for (int step = 0; step < 2; ++step) std::memcpy(lines[step], from + step * kTileRowBytes, kTileRowBytes);
+    else switch (run_of(weight)) {
+        case 32: unpack_runs<32>(from, lines); break;
+        case 64: unpack_runs<64>(from, lines); break;
+        default: unpack_runs<128>(from, lines); break;
+    }
+}
+
+inline void fill_row(const Linear& linear, int64_t n, int64_t first, int64_t row, const PanelTiles& to) {
+    const Matrix& weight = linear.weight;
+    const auto* data = static_cast<const uint8_t*>(weight.data) + n * weight.row_bytes();
+    const int64_t width = weight.width;
+    if (linear.integers) {
+        fill_integer_row(weight, data, first, row, to);
+        return;
+    }
+    switch (weight.dtype) {
+        case Dtype::f16: fill_float_row<F16, 2>(data, width, first, row, to); break;
+        case Dtype::bf16: fill_float_row<BF16, 1>(data, width, first, row, to); break;
+        case Dtype::i8: fill_float_row<I8, 1>(data, width, first, row, to); break;
+        default:
+            if (weight.has_nan) fill_float_row<F8WithNaN, 1>(data, width, first, row, to);
+            else fill_float_row<F8, 1>(data, width, first, row, to);
+            break;
+    }
+}
+
+// What a row's sum is to be multiplied by, besides scales of blocks.
+inline float row_scale_of(const Linear& linear, int64_t n) {
+    const Matrix& weight = linear.weight;
+    const float scale = weight.scales && !weight.block ? weight.scales[n * weight.scale_stride] : 1.0f;
+    return weight.dtype == Dtype::f8 ? scale * F8::kFactor : scale;
+}
+
+}  // namespace nvtripy_portable::ISA
