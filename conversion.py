@@ -6,14 +6,20 @@ tensor, the value, and the types that would hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+import machine
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 PARAMETER_DTYPES = ("float32", "float16", "bfloat16")
 
 _TOGETHER = 2**18  # numbers that are looked at together: they stay in the processor's caches
+_STRIP = 16  # rows that are transposed together
 _HALVES = {"float16": 0x7C00, "bfloat16": 0x7F80}  # the bits of infinity
 
 
@@ -40,16 +46,36 @@ def convert(name: str, source: np.ndarray, dtype: np.dtype[Any], transpose: bool
         ValueError: a number is not finite, or not in `dtype`.
     """
     limit = largest_of(dtype)
-    for part in _parts(source):
+    result = np.empty(source.shape[::-1] if transpose else source.shape, dtype)
+    values, target = np.atleast_1d(source), np.atleast_1d(result)
+    step = max(1, _TOGETHER * len(values) // max(1, values.size) // _STRIP * _STRIP)
+
+    def convert_part(row: int) -> None:
+        part = values[row : row + step]
         if not _largest_magnitude(part) <= limit:
             _check(name, part, dtype)
-    if not transpose:
-        return source.astype(dtype, order="C")
-    converted = source.astype(dtype, copy=False)
-    result = np.empty(source.shape[::-1], dtype)
-    for row in range(0, len(converted), 16):  # in strips that the cache holds: twice as fast as in one go
-        result[:, row : row + 16] = converted[row : row + 16].T
+        if not transpose:
+            target[row : row + step] = part
+            return
+        converted = part.astype(dtype, copy=False)
+        for strip in range(0, len(converted), _STRIP):  # that the cache holds: twice as fast as in one go
+            target[:, row + strip : row + strip + _STRIP] = converted[strip : strip + _STRIP].T
+
+    rows = range(0, len(values), step)
+    if len(rows) == 1:
+        convert_part(0)
+    else:
+        # NumPy lets go of the interpreter meanwhile. Of several errors the first part's counts.
+        for _ in _threads().map(convert_part, rows):
+            pass
     return result
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(machine.usable_cores(), thread_name_prefix="converts")
 
 
 def scaled(name: str, numbers: np.ndarray, scales: np.ndarray, dtype: np.dtype[Any], transpose: bool) -> np.ndarray:
@@ -69,12 +95,6 @@ def scaled(name: str, numbers: np.ndarray, scales: np.ndarray, dtype: np.dtype[A
         at = np.s_[:, row : row + step] if transpose else np.s_[row : row + step]
         result[at] = convert(name, part, dtype, transpose)
     return result
-
-
-def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    rows = np.atleast_1d(values)
-    step = max(1, _TOGETHER * len(rows) // max(1, rows.size))
-    return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
 def _largest_magnitude(values: np.ndarray) -> float:

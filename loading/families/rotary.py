@@ -1,0 +1,56 @@
+"""Settings of rotary positions in transformers' config.json: those of its version 5, and the older flat ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loading.errors import shown
+from loading.settings import Settings
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Of a whole head: θ, and what positions are divided by."""
+
+    base: float
+    interpolation: float
+
+
+def rotary(given: Settings, head_size: int, default_base: float = 10000.0) -> Rotary:
+    """What rope_parameters say or, where there are none, rope_theta and rope_scaling.
+
+    Raises:
+        CheckpointError: scaling of another kind than linear, or not of the whole head, or a head of an odd size.
+    """
+    if head_size % 2:
+        raise given.refuse(f"expected a head of an even size, which rotary positions need, got {head_size}")
+    name = "rope_parameters" if given.values.get("rope_parameters") is not None else "rope_scaling"
+    scaling = given.values.get(name)
+    if scaling is None:
+        scaling = {}
+    if not isinstance(scaling, dict):
+        raise given.refuse(f"expected {name} to be an object, got {shown(scaling)}")
+    inner = Settings(f"{given.source}: {name}", scaling)
+    theta = given.values.get("rope_theta")
+    base = inner.positive("rope_theta", default=default_base if theta is None else given.positive("rope_theta"))
+    kind = inner.value("rope_type", "type", default="default")
+    if kind not in ("default", "linear"):
+        raise given.refuse(f"expected the rope_type of {name} to be default or linear, got {shown(kind)}")
+    for each in (given, inner):
+        each.neutral(partial_rotary_factor=1)
+    return Rotary(base, inner.positive("factor") if kind == "linear" else 1.0)
+
+
+def window(given: Settings, n_positions: int, default: int | None = None) -> int | None:
+    """How many tokens one sees; None where that is all of the context.
+
+    Raises:
+        CheckpointError: no number, or layers that differ.
+    """
+    value = given.value("sliding_window", default=default)
+    size = None if value is None else given.integer("sliding_window", default=default, limit=2**31)
+    wanted = "full_attention" if size is None else "sliding_attention"
+    kinds = given.values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != wanted for kind in kinds)):
+        raise given.refuse(f"expected layer_types to be {wanted} throughout, got {shown(kinds)}")
+    return None if size is None or size >= n_positions else size
