@@ -1,44 +1,48 @@
 """Text ↔ token ids, equal to transformers' tokenizer of the same checkpoint.
 
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
     ids = tokenizer.encode("Hello world")      # [15496, 995]
     stream = StreamDecoder(tokenizer)
     for token in ids:
         print(stream.push(token), end="")      # never half a character
     print(stream.flush())
 
-Two kinds are known: byte-level BPE, through tiktoken, and alphabets, where each character is a token. A checkpoint's
-own tokenizer files come first; without any, a vocabulary of GPT-2's size is taken for GPT-2's, which is tiktoken's
-encoding "gpt2". What cannot be represented exactly is refused, by name, with `CheckpointError`.
+A checkpoint's own tokenizer comes first; without any, a vocabulary of GPT-2's size is taken for GPT-2's. Byte-level BPE
+as GPT-2 has it runs on tiktoken, and an alphabet, where each character is a token, needs nothing. All else that Hugging
+Face's files or a GGUF file describe runs on the package `tokenizers`, a SentencePiece model on `sentencepiece`; what
+cannot be represented exactly is refused, by name, with `CheckpointError`.
+
+A text gets the ids that transformers gives it by default: where its tokenizer puts a beginning-of-text token before
+every text (Llama's kind), so does `encode`, and `Tokenizer.prefix` tells.
 """
 
 from __future__ import annotations
 
 import codecs
-import itertools
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from tokenizing import files
-from tokenizing.added_tokens import WHITE_SPACE, AddedToken, AddedTokens
-from tokenizing.description import END_OF_TEXT, Description, contents
+from tokenizing.byte_pairs import BytePairTokenizer, build_byte_pairs, byte_ids
+from tokenizing.characters import UnknownCharacterError, build_alphabet
+from tokenizing.description import Description, NotModelled, to_json
+from tokenizing.gpt2 import GPT2_VOCAB_SIZE, describe_gpt2, gpt2_tokenizer
+from tokenizing.pipelines import Pipeline, build_pipeline
+from tokenizing.sources import BytePairFiles, GgufTokenizer, MetaPickle, SentencePieceModel, TokenizerSource
 from weight_loader import CheckpointError
 
-if TYPE_CHECKING:
-    import tiktoken
-
-GPT2_VOCAB_SIZE = 50257
-
-# A run of a million white-space characters overflows the stack of tiktoken's regex engine.
-_LONG_WHITE_SPACE = re.compile(f"[{re.escape(WHITE_SPACE)}]{{50000,}}")
-
-
-class UnknownCharacterError(CheckpointError, ValueError):
-    """A text has a character that the checkpoint's alphabet lacks; the message names it."""
+__all__ = [
+    "GPT2_VOCAB_SIZE",
+    "BytePairTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "UnknownCharacterError",
+    "build",
+    "byte_ids",
+    "describe",
+    "load_tokenizer",
+]
 
 
 class Tokenizer(Protocol):
@@ -46,9 +50,11 @@ class Tokenizer(Protocol):
 
     Attributes:
         eos_id: the id that ends a text, or None if the vocabulary has none.
+        prefix: the ids with which `encode` begins every text: a beginning-of-text token, or none.
     """
 
     eos_id: int | None
+    prefix: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens written in it become their ids, as with transformers."""
@@ -57,142 +63,26 @@ class Tokenizer(Protocol):
         """The same ids, part by part, so that a long text needs little memory: a document is a part."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; an id without a token (in a padded vocabulary) has none."""
+        """The bytes of `ids`, wherever in a text they stand; an id without a token (in a padded vocabulary) has none.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+        Those of two lists, one after the other, are those of both lists joined.
+        """
 
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """The text that consists of `ids`, special tokens included.
 
-class BytePairTokenizer:
-    """A `Tokenizer` that splits a text into words, and merges the bytes of each. Any text encodes.
-
-    Attributes:
-        encoding: the `tiktoken.Encoding` that does the work; its ranks are merge priorities, not yet vocabulary ids.
-        eos_id: the id that ends a text, or None if the vocabulary has none.
-    """
-
-    def __init__(
-        self,
-        encoding: tiktoken.Encoding,
-        ids: list[int],
-        tokens: dict[int, bytes],
-        added: Iterable[AddedToken] = (),
-        add_prefix_space: bool = False,
-        use_regex: bool = True,
-        eos_id: int | None = None,
-    ) -> None:
-        """Put the parts together; `load_tokenizer` is what calls this.
+        A SentencePiece tokenizer puts a space before a text, which is taken away here, and not by `decode_bytes`.
 
         Args:
-            encoding: takes words to ranks; it does not know the added tokens.
-            ids: vocabulary id by rank.
-            tokens: bytes by vocabulary id.
-            added: tokens that are found in the text before it is split into words.
-            add_prefix_space: whether every text, and what follows an added token, begins with a space.
-            use_regex: whether `encoding` splits into words by GPT-2's pattern, or takes a text as one word.
-            eos_id: the id that ends a text.
+            errors: what becomes of bytes that are not UTF-8, as of `bytes.decode`: "replace" makes U+FFFD of them.
         """
-        self.encoding = encoding
-        self.eos_id = eos_id
-        self._ids = ids
-        self._tokens = tokens
-        self._added = AddedTokens(added)
-        self._add_prefix_space = add_prefix_space
-        self._use_regex = use_regex
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; a lone surrogate, which no UTF-8 text can hold, is taken as U+FFFD."""
-        return [id for part in self.encode_in_parts(text) for id in part]
-
-    def encode_in_parts(self, text: str) -> Iterator[list[int]]:
-        for piece in self._pieces(text):
-            if isinstance(piece, int):
-                yield [piece]
-                continue
-            for part in _short_of_stack_overflow(piece) if self._use_regex else [piece]:
-                yield [self._ids[rank] for rank in self.encoding.encode_ordinary(part)]
-
-    def words(self, text: str) -> Iterator[bytes | int]:
-        """The words whose bytes `encode` merges, and between them the ids of added tokens."""
-        import regex
-
-        pattern = regex.compile(self.encoding._pat_str)
-        for piece in self._pieces(text):
-            if isinstance(piece, int):
-                yield piece
-            else:
-                yield from (match[0].encode("utf-8", "replace") for match in pattern.finditer(piece))
-
-    def _pieces(self, text: str) -> Iterator[str | int]:
-        for piece in self._added.split(text):
-            if self._add_prefix_space and isinstance(piece, str) and not piece.startswith(" "):
-                piece = " " + piece
-            yield piece
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._tokens.get(id, b"") for id in ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-
-class CharacterTokenizer:
-    """A `Tokenizer` with one token for each character of an alphabet; text with any other does not encode."""
-
-    def __init__(
-        self, source: Path, alphabet: dict[str, int], added: Iterable[AddedToken] = (), eos_id: int | None = None
-    ) -> None:
-        """Put the parts together; `load_tokenizer` is what calls this.
-
-        Args:
-            source: the file that the alphabet comes from, for messages.
-            alphabet: id by character.
-            added: tokens that are found in the text before it is split into characters.
-            eos_id: the id that ends a text.
-        """
-        self.eos_id = eos_id
-        self._source = source
-        self._alphabet = alphabet
-        added = list(added)
-        self._added = AddedTokens(added)
-        self._tokens = {id: token for token, id in alphabet.items()} | {token.id: token.content for token in added}
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`.
-
-        Raises:
-            UnknownCharacterError: a character is not in the alphabet.
-        """
-        return [id for part in self.encode_in_parts(text) for id in part]
-
-    def encode_in_parts(self, text: str) -> Iterator[list[int]]:
-        for piece in self._added.split(text):
-            if isinstance(piece, int):
-                yield [piece]
-                continue
-            try:
-                yield list(map(self._alphabet.__getitem__, piece))
-            except KeyError:
-                raise UnknownCharacterError(self._complaint(text)) from None
-
-    def _complaint(self, text: str) -> str:
-        pieces = (piece for piece in self._added.split(text) if isinstance(piece, str))
-        first, *others = sorted({letter for piece in pieces for letter in piece if letter not in self._alphabet})
-        more = f", nor are {len(others)} others of the text" if others else ""
-        known = f"the {len(self._alphabet)} of {self._source}"
-        return f"the character {first!r} (U+{ord(first):04X}) is not among {known}{more}"
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.decode(ids).encode("utf-8", "replace")
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self._tokens.get(id, "") for id in ids)
 
 
 class StreamDecoder:
-    """Decode ids one at a time: the pieces of text, joined, are what `Tokenizer.decode` gives for all of them.
+    """Decode ids one at a time: the pieces of text, joined, are what `decode_bytes` gives for all of them.
 
-    A character whose bytes are spread over tokens is held back until its last byte has come.
+    So they continue a text: `tokenizer.decode(before + ids)` is `tokenizer.decode(before)` and the pieces of `ids`. A
+    character whose bytes are spread over tokens is held back until its last byte has come.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -210,253 +100,89 @@ class StreamDecoder:
         return text
 
 
-def load_tokenizer(checkpoint_path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
+def load_tokenizer(source: TokenizerSource, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint.
 
     Args:
-        checkpoint_path: the folder; `tokenizer.json`, else `vocab.json` with `merges.txt`, and the files beside them
-            that name special tokens.
+        source: a checkpoint folder, with `tokenizer.json`, else `vocab.json` and `merges.txt`, else `tokenizer.model`,
+            and the files beside them that name special tokens; or another source (see tokenizing/sources.py).
         vocab_size: the model's number of embeddings. Added tokens beyond it are ignored, as the model has no embedding
             for them; a vocabulary beyond it is refused.
 
     Raises:
-        CheckpointError: the files are absent, damaged, or of a tokenizer that is neither byte-level BPE nor an
-            alphabet.
+        CheckpointError: the files are absent or damaged, or of a tokenizer that cannot be represented exactly, or a
+            package that it needs is not installed.
     """
-    if files.has_files(checkpoint_path):
-        return build(files.read(checkpoint_path), vocab_size)
+    # Imported where they are needed: most programs start with a folder of Hugging Face's files.
+    match source:
+        case Path():
+            return _from_folder(source, vocab_size)
+        case BytePairFiles():
+            return build(files.read_byte_pairs(source), vocab_size)
+        case SentencePieceModel():
+            from tokenizing.sentencepiece_model import load_model
+
+            return load_model(source, vocab_size)
+        case MetaPickle():
+            from tokenizing.meta_pickle import load_meta
+
+            return load_meta(source, vocab_size)
+        case GgufTokenizer():
+            from tokenizing.gguf import read_gguf
+
+            found = read_gguf(source)
+            return build(found, vocab_size) if isinstance(found, Description) else build_pipeline(found, vocab_size)
+
+
+def _from_folder(folder: Path, vocab_size: int) -> Tokenizer:
+    if files.has_files(folder):
+        own = files.Files(folder)
+        try:
+            description = own.description()
+        except NotModelled:
+            return build_pipeline(own.pipeline(), vocab_size)
+        return build(description, vocab_size)
+    if (folder / "tokenizer.model").is_file():
+        from tokenizing.sentencepiece_model import load_model_folder
+
+        return load_model_folder(folder, vocab_size)
+    _check_gpt2(folder, vocab_size)
+    return gpt2_tokenizer(folder)
+
+
+def _check_gpt2(folder: Path, vocab_size: int) -> None:
+    """Refuse a folder without a tokenizer whose model is not of GPT-2's vocabulary."""
     # nanoGPT pads GPT-2's vocabulary to 50304, a multiple of 64.
     if not GPT2_VOCAB_SIZE <= vocab_size <= 50304:
         raise CheckpointError(
-            f"{str(checkpoint_path)!r} has neither tokenizer.json nor vocab.json with merges.txt, "
+            f"{str(folder)!r} has neither tokenizer.json nor vocab.json with merges.txt nor tokenizer.model, "
             f"and its vocabulary of {vocab_size} is not GPT-2's"
         )
-    encoding = _gpt2_encoding(checkpoint_path)
-    tokens = {id: encoding.decode_single_token_bytes(id) for id in range(encoding.n_vocab)}
-    added = [AddedToken(END_OF_TEXT, id=encoding.eot_token)]
-    return BytePairTokenizer(encoding, list(range(encoding.n_vocab)), tokens, added, eos_id=encoding.eot_token)
 
 
 def describe(checkpoint_path: Path, vocab_size: int) -> Description:
-    """What `load_tokenizer` builds from, for training to keep.
+    """What the tokenizer of a checkpoint folder is built from, for training to keep: byte-level BPE or an alphabet.
 
     Raises:
-        CheckpointError: as there.
+        CheckpointError: as of `load_tokenizer`; or it is of another kind.
     """
     if files.has_files(checkpoint_path):
         return files.read(checkpoint_path).within(vocab_size)
-    load_tokenizer(checkpoint_path, vocab_size)  # it is GPT-2's, or there is none
-    return _gpt2_description(checkpoint_path)
+    _check_gpt2(checkpoint_path, vocab_size)
+    return describe_gpt2(checkpoint_path)
 
 
 def build(description: Description, vocab_size: int) -> Tokenizer:
     """The tokenizer of a description, for a model of `vocab_size` embeddings.
 
     Raises:
-        CheckpointError: the vocabulary is larger, or none of ours encodes exactly as described.
+        CheckpointError: the vocabulary is larger, or it cannot be represented exactly.
     """
     description = description.within(vocab_size)
-    return (_build_alphabet if description.merges is None else _build_bpe)(description)
-
-
-def byte_ids(description: Description) -> list[int]:
-    """The ids of the 256 bytes, from which merging begins, of a BPE."""
-    letters = {byte: chr(code) for code, byte in _ALPHABET.items()}
-    return [description.vocabulary[letters[byte]] for byte in range(256)]
-
-
-def _gpt2_encoding(checkpoint_path: Path) -> tiktoken.Encoding:
-    """GPT-2's own vocabulary, which tiktoken downloads once."""
-    import tiktoken
-
+    if description.merges is None:
+        return build_alphabet(description)
     try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the network provokes
-        raise CheckpointError(
-            f"{str(checkpoint_path)!r} has no tokenizer files, and GPT-2's cannot be had from tiktoken "
-            f"({type(error).__name__}): put tokenizer.json there, or a filled cache at TIKTOKEN_CACHE_DIR"
-        ) from error
-
-
-def _gpt2_description(checkpoint_path: Path) -> Description:
-    """The same as a description: a token's merge joins the two that its bytes become by the merges before it."""
-    encoding = _gpt2_encoding(checkpoint_path)
-    letters = {byte: chr(code) for code, byte in _ALPHABET.items()}
-    ranks = encoding._mergeable_ranks
-    vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            found = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-            place = found.index(min(found))
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        if len(parts) == 2:
-            left, right = ("".join(letters[byte] for byte in part) for part in parts)
-            merges.append((left, right))
-    added = [AddedToken(END_OF_TEXT, id=encoding.eot_token, special=True)]
-    vocabulary[END_OF_TEXT] = encoding.eot_token
-    return Description(checkpoint_path, vocabulary, merges, added, eos_token=END_OF_TEXT)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Building
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _byte_alphabet() -> dict[int, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: code point of the stand-in → byte.
-
-    Printable Latin-1 characters stand for themselves, the other bytes for the code points from 256 on, in order.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: byte for byte in printable} | {256 + n: byte for n, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
-# For str.translate: a code point that stands for no byte becomes one that Latin-1 cannot encode.
-_TO_LATIN1 = dict.fromkeys(range(256), 0xFFFF) | _ALPHABET
-
-
-def _token_bytes(token: str) -> bytes:
-    """The bytes that a token of the vocabulary stands for; one outside the alphabet stands for its own text."""
-    try:
-        return token.translate(_TO_LATIN1).encode("latin-1")
-    except UnicodeEncodeError:
-        return token.encode("utf-8", "replace")
-
-
-def _build_alphabet(description: Description) -> Tokenizer:
-    """The tokenizer of an alphabet: its tokens, but for the added ones, are single characters."""
-    special = contents(description.added)
-    alphabet = {token: id for token, id in description.vocabulary.items() if token not in special}
-    if longer := [token for token in alphabet if len(token) != 1]:
-        raise CheckpointError(f"{description.source}: expected each token to be one character, got {longer[0]!r:.60}")
-    return CharacterTokenizer(description.source, alphabet, description.added, special.get(description.eos_token or ""))
-
-
-def _build_bpe(description: Description) -> Tokenizer:
-    """The byte-level BPE of a description, after proving that tiktoken encodes as the description says.
-
-    tiktoken merges, of all adjacent pairs whose concatenation is a token, the one of the lowest rank first; HuggingFace
-    merges only the listed pairs, in the order of the list. Both come to the same for tokens that are reached through
-    their listed pair (see `_reached`), with the merge's place in the list as rank; the other tokens are never
-    produced by HuggingFace's BPE, so tiktoken is not told of them.
-    """
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    source, vocabulary, merges = description.source, description.vocabulary, description.merges or []
-    letters = {chr(code): byte for code, byte in _ALPHABET.items()}
-    absent = [byte for letter, byte in letters.items() if letter not in vocabulary]
-    if absent:
-        raise CheckpointError(f"{source}: expected a token for each of the 256 bytes, but {len(absent)} have none")
-
-    numbers = dict(letters)  # token → number: its byte, or 256 + its place in the list of merges
-    pairs = []
-    for place, (left, right) in enumerate(merges):
-        token = left + right
-        if left not in numbers or right not in numbers or token in numbers:
-            fault = "makes a token for the second time" if token in numbers else "comes before what makes its parts"
-            raise CheckpointError(f"{source}: merge {place + 1}, of {left!r} and {right!r}, {fault}")
-        pairs.append((numbers[left], numbers[right]))
-        numbers[token] = 256 + place
-    if nameless := numbers.keys() - vocabulary.keys():
-        raise CheckpointError(
-            f"{source}: merges make {len(nameless)} tokens that have no id, among them {min(nameless)!r}"
-        )
-    reached = _reached(np.array(pairs, np.int64).reshape(-1, 2))
-
-    added = contents(description.added)
-    if description.ignore_merges:
-        whole = set(vocabulary) - numbers.keys() - added.keys()
-        if whole or not reached.all():
-            raise CheckpointError(f"{source}: ignore_merges with tokens that no merge makes is not supported")
-    tokens = {id: _token_bytes(token) for token, id in vocabulary.items()}
-    ids = [0] * len(numbers)
-    ranks = {}
-    for token, number in numbers.items():
-        ids[number] = vocabulary[token]
-        if number < 256 or reached[number - 256]:
-            ranks[tokens[vocabulary[token]]] = number
-    for content, id in added.items():
-        tokens[id] = content.encode("utf-8", "replace")
-    pattern = r50k_pat_str if description.use_regex else r"(?s:.+)"
-    encoding = tiktoken.Encoding(str(source), pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return BytePairTokenizer(
-        encoding,
-        ids,
-        tokens,
-        description.added,
-        description.add_prefix_space,
-        description.use_regex,
-        added.get(description.eos_token or ""),
-    )
-
-
-def _reached(pairs: np.ndarray) -> np.ndarray:
-    """Which tokens BPE makes of their own bytes through their listed pair.
-
-    Args:
-        pairs: (merges, 2) int64: the numbers of the tokens that each merge joins. Bytes have the numbers 0 to 255, the
-            token of merge m has 256 + m, and a merge joins only tokens of smaller numbers.
-
-    Returns:
-        (merges,) bool.
-
-    Merging the bytes of `left + right` in the order of the numbers makes `left` and `right` side by side, unless an
-    earlier merge joins bytes across their border first. What stands at the border at each moment is found by going back
-    from (left, right): of the two the one made last is replaced by its half at the border. A listed pair of the two
-    joins across the border if its number comes before those of the merges that make the two into their successors; of
-    equal numbers the merge further left goes first. Conversely, in any text a pair (x, y) with x + y = left + right
-    can only arise where these bytes alone would make it, and so if (left, right) is reached, no other pair arises.
-    """
-    count = len(pairs)
-    reached = np.ones(count, bool)
-    if count == 0:
-        return reached
-    keys = pairs[:, 0] * (256 + count) + pairs[:, 1]
-    order = np.argsort(keys)
-    keys = keys[order]
-
-    merge = np.arange(count)
-    left, right = pairs[:, 0], pairs[:, 1]
-    left_until = right_until = merge + 256  # the numbers of the tokens that `left` and `right` next become part of
-    while merge.size:
-        more = (left >= 256) | (right >= 256)
-        merge, left, right, left_until, right_until = (
-            array[more] for array in (merge, left, right, left_until, right_until)
-        )
-        undo_right = right >= left
-        part = np.where(undo_right, right, left) - 256
-        left_until, right_until = np.where(undo_right, left_until, left), np.where(undo_right, right, right_until)
-        left, right = np.where(undo_right, left, pairs[part, 1]), np.where(undo_right, pairs[part, 0], right)
-        key = left * (256 + count) + right
-        place = np.minimum(np.searchsorted(keys, key), count - 1)
-        number = 256 + order[place]
-        crossed = (keys[place] == key) & (number < left_until) & (number <= right_until)
-        reached[merge[crossed]] = False
-    if not reached.all():  # what is made of an unreached token is not reached either
-        for m, parts in enumerate(pairs.tolist()):
-            reached[m] &= all(number < 256 or reached[number - 256] for number in parts)
-    return reached
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Splitting the text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _short_of_stack_overflow(text: str) -> Iterator[str]:
-    """`text` in parts that are encoded as they would be within it, without very long runs of white space before text.
-
-    GPT-2's pattern takes of such a run all but the last character as one word, and so it may be cut there.
-    """
-    begin = 0
-    for run in _LONG_WHITE_SPACE.finditer(text):
-        end = run.end() - (run.end() < len(text))
-        yield text[begin : run.start()]
-        yield text[run.start() : end]
-        begin = end
-    yield text[begin:]
+        return build_byte_pairs(description)
+    except NotModelled:  # tiktoken would encode otherwise
+        pipeline = Pipeline(description.source, to_json(description), description.added, description.eos_token)
+        return build_pipeline(pipeline, vocab_size)

@@ -1,1 +1,1 @@
-"""What tokenizer.py is made of: HuggingFace's tokenizer files, what they describe, and added tokens in a text."""
+"""What tokenizer.py is made of: where a tokenizer comes from, what that describes, and what encodes as described."""

@@ -44,6 +44,8 @@ class Addition:
         self._latest: dict[str, AddedToken] = {}
         self._special: dict[str, AddedToken] = {}
         self._ordinary: list[AddedToken] = []
+        #: What was added, in this order.
+        self.history: list[AddedToken] = []
 
     def add(self, token: AddedToken) -> None:
         """Add a token, or change the flags of one that is there: the id that it comes with counts for nothing."""
@@ -51,6 +53,7 @@ class Addition:
         if not content:
             return
         token = replace(token, id=self._number(content))
+        self.history.append(token)
         if token.special:
             self._special.setdefault(content, token)
         if self._latest.get(content) == token:

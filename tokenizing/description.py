@@ -5,7 +5,7 @@
     to_json(description)                       # a tokenizer.json that says all of it, for training to write
 
 Truncation and padding, which tokenizer.json may ask for, are not part of a tokenizer here: no text is cut in silence.
-What tokenizer.py could not do exactly is refused, by name.
+What tiktoken could not do exactly is refused, by name; most of it is left to the package `tokenizers` (pipelines.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from tokenizing.added_tokens import AddedToken, Addition
 from weight_loader import CheckpointError
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+class NotModelled(CheckpointError):
+    """A tokenizer for which there are no rules here; the package `tokenizers` may have them."""
+
 
 #: The pre-tokenizer of an alphabet, as `tokenizers` writes it.
 EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
@@ -140,12 +145,12 @@ def parse_rules(source: Path, raw: dict[str, Any], has_rules: bool) -> Descripti
     def part(name: str) -> dict[str, Any]:
         value = raw.get(name)
         if not isinstance(value, dict):
-            raise CheckpointError(f"{source}: expected {name} to be of a byte-level BPE tokenizer, got {shown(value)}")
+            raise NotModelled(f"{source}: expected {name} to be of a byte-level BPE tokenizer, got {shown(value)}")
         return value
 
     def require(name: str, found: object, *accepted: object) -> None:
         if not any(found is value or (type(found) is type(value) and found == value) for value in accepted):
-            raise CheckpointError(f"{source}: {name}={shown(found)} is not supported, only {accepted[0]!r}")
+            raise NotModelled(f"{source}: {name}={shown(found)} is not supported, only {accepted[0]!r}")
 
     model, pre_tokenizer = part("model"), part("pre_tokenizer")
     is_alphabet = model.get("type") == "WordLevel"
@@ -155,7 +160,7 @@ def parse_rules(source: Path, raw: dict[str, Any], has_rules: bool) -> Descripti
         require("decoder.type", part("decoder").get("type"), "Fuse")
         unknown = model.get("unk_token")
         if not isinstance(unknown, str) or unknown in parse_vocabulary(source, model.get("vocab")):
-            raise CheckpointError(f"{source}: an alphabet with a token for what is not in it is not supported")
+            raise NotModelled(f"{source}: an alphabet with a token for what is not in it is not supported")
     else:
         require("model.type", model.get("type", "BPE"), "BPE")
         require("pre_tokenizer.type", pre_tokenizer.get("type"), "ByteLevel")
@@ -163,7 +168,7 @@ def parse_rules(source: Path, raw: dict[str, Any], has_rules: bool) -> Descripti
     normalizer = raw.get("normalizer")
     require("normalizer", normalizer.get("type") if isinstance(normalizer, dict) else normalizer, None)
     if not _adds_nothing(raw.get("post_processor")):
-        raise CheckpointError(f"{source}: a post_processor that adds tokens to the text's is not supported")
+        raise NotModelled(f"{source}: a post_processor that adds tokens to the text's is not supported")
     require("model.dropout", model.get("dropout"), None, 0, 0.0)
     require("model.byte_fallback", model.get("byte_fallback", False), False)
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
