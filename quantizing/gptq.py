@@ -14,7 +14,7 @@ rounding of a column does to the outputs is made up for, as far as it can be, by
 The way of the data: calibration samples → for each linear layer, in the order of the forward pass: the inputs that the
 layers quantized before it give it → `Hessian` → `scales_of` → `quantize` → weights on the grid, for the next layer.
 
-Names are the paper's where it has them. torch only; transformers' GPT-2 in `quantize_layers`, and nowhere else.
+Names are the paper's where it has them. torch only; transformers' models in `quantize_layers`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from quantizing.network import network_of, rows_of
+
 BITS = (8, 4, 3)
 LAZY_COLUMNS = 128  # B in the paper: columns whose updates to all the later ones are collected first
 DAMPING = 0.01  # lambda in the paper: this share of the mean of H's diagonal is added to the diagonal
 CLIPPING = tuple(1 - 0.02 * step for step in range(26))  # of the largest magnitude, that a searched grid may span
-
-# The linear layers of a transformers GPT-2 block, in the order in which the data passes them.
-LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 class GPTQError(Exception):
@@ -294,39 +293,40 @@ def quantize_layers(
     act_order: bool = True,
     damping: float = DAMPING,
 ) -> list[QuantizedLayer]:
-    """Puts the linear layers of every block of a GPT-2 on a grid, in the order of the forward pass.
+    """Puts the linear layers of every block of a model on a grid, in the order of the forward pass.
 
     A layer is calibrated on what reaches it when everything before it is quantized, the layers of its own block too
     (section "Additional Information" of the paper; what its code calls "true sequential").
 
     Args:
-        model: transformers' GPT2LMHeadModel, in float32. Its weights become those that the integers stand for.
+        model: One of transformers' (network.py), in float32. Its weights become those that the integers stand for.
         batches: Calibration samples for GPTQ, each (samples, tokens) int64; None to round to nearest.
 
     Returns:
-        The layers, named "h.0.attn.c_attn" and so on.
+        The layers, named "h.0.attn.c_attn" and so on, or as the family names them.
 
     Raises:
         GPTQError: a layer cannot be quantized; the message names it.
     """
     layers: list[QuantizedLayer] = []
-    blocks = list(model.transformer.h)
+    network = network_of(model)
+    blocks = list(network.blocks_of(model))
     calls = None if batches is None else list(_calls_of_first_block(model, batches))
-    total = len(blocks) * len(LINEARS)
+    total = len(blocks) * sum(map(len, network.linears))
     description = "rounding" if calls is None else "GPTQ"
     with tqdm(desc=description, total=total, unit="layer", file=sys.stderr) as progress:
         for number, block in enumerate(blocks):
-            for linear in LINEARS:
-                name = f"h.{number}.{linear}"
-                module = block.get_submodule(linear)  # a Conv1D: weight (in, out)
-                hessian = None if calls is None else _observe(block, module, calls)
-                weight = module.weight.T
-                layer = quantize(weight, hessian, grid, act_order=act_order, damping=damping, name=name)
-                module.weight.copy_(layer.weight.T)
-                layers.append(layer)
-                errors = {} if hessian is None else {"error": f"{layer.error:.1e}"}
-                progress.set_postfix(layer=name, **errors, refresh=False)
-                progress.update()
+            for group in network.linears:
+                hessian = None if calls is None else _observe(block, block.get_submodule(group[0]), calls)
+                for linear in group:
+                    name = f"{network.blocks}.{number}.{linear}"
+                    weight = rows_of(block.get_submodule(linear))
+                    layer = quantize(weight, hessian, grid, act_order=act_order, damping=damping, name=name)
+                    weight.copy_(layer.weight)
+                    layers.append(layer)
+                    errors = {} if hessian is None else {"error": f"{layer.error:.1e}"}
+                    progress.set_postfix(layer=name, **errors, refresh=False)
+                    progress.update()
             for call in calls or ():
                 call.hidden = call.run(block)
     return layers
@@ -357,11 +357,12 @@ def _calls_of_first_block(model: Any, batches: Sequence[torch.Tensor]) -> Iterat
         caught.append(_Call(arguments[0], arguments[1:], keywords))
         raise _Enough
 
-    hook = model.transformer.h[0].register_forward_pre_hook(catch, with_kwargs=True)
+    network = network_of(model)
+    hook = network.blocks_of(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for batch in batches:
             try:
-                model.transformer(batch, use_cache=False)
+                network.body_of(model)(batch, use_cache=False)
             except _Enough:
                 yield caught.pop()
     finally:
@@ -370,7 +371,7 @@ def _calls_of_first_block(model: Any, batches: Sequence[torch.Tensor]) -> Iterat
 
 def _observe(block: Any, module: Any, calls: Sequence[_Call]) -> torch.Tensor:
     """The Hessian of one linear layer of a block."""
-    hessian = Hessian(module.weight.shape[0])
+    hessian = Hessian(rows_of(module).shape[1])
 
     def look(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
         hessian.add(arguments[0])

@@ -1,0 +1,1 @@
+"""How a checkpoint is quantized: text → samples → calibration → export → cache. quantization.py is the door."""
