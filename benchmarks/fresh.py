@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs at the root
 
-import peers
+from peers import PEERS
+from peers.task import Task
 
 from machine import peak_memory_bytes
 
@@ -23,11 +24,11 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints goes to standard error
     asked = json.load(sys.stdin)
     engines = asked["engines"] and Path(asked["engines"])
-    task = peers.Task(Path(asked["model"]), asked["variant"], asked["threads"], engines)
-    engine = peers.start(asked["name"], task)
-    engine.generate(asked["prompt"], 1)
+    prompts = [asked["prompt"]]
+    engine = PEERS[asked["name"]].make(Task(Path(asked["model"]), asked["variant"], asked["threads"], engines))
+    engine.generate(prompts, 1)
     print("first token", file=answers, flush=True)
-    engine.generate(asked["prompt"], asked["new"])
+    engine.generate(prompts, asked["new"])
     print(peak_memory_bytes(), file=answers, flush=True)
 
 

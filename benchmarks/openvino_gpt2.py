@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from model_files import rounded
 from openvino import opset13 as op
 from openvino.op.util import Variable, VariableInfo
+from random_weights import rounded
 
-from modelopt_layout import BLOCK
+from loading.modelopt_layout import BLOCK
 from weight_loader import CheckpointConfig
 
 
@@ -88,13 +88,15 @@ class _Builder:
         return self.linear(y, f"h.{layer}.attn.c_proj")
 
     def mask(self) -> ov.Node:
-        """(1, 1, T, S): 0 where a token looks at itself or back, minus infinity elsewhere."""
+        """(B, 1, T, S): 0 where a token looks at itself or back, minus infinity elsewhere.
+
+        A sequence needs its own: the plug-in's attention reads a batch's masks beyond the end of a single one.
+        """
         last = op.reduce_max(self.position, _constant([0, 1]), False)
         slots = op.range(_constant(0), op.add(last, _constant(1)), _constant(1), output_type="i64")
-        row = op.unsqueeze(op.gather(self.position, _constant(0), _constant(0)), _constant(1))
-        visible = op.less_equal(op.unsqueeze(slots, _constant(0)), row)
-        floats = op.select(visible, op.constant(np.float32(0)), op.constant(np.float32(-np.inf)))
-        return op.unsqueeze(floats, _constant([0, 1]))
+        tokens = op.unsqueeze(self.position, _constant([1, 3]))  # (B, 1, T, 1)
+        visible = op.less_equal(op.unsqueeze(slots, _constant([0, 1, 2])), tokens)
+        return op.select(visible, op.constant(np.float32(0)), op.constant(np.float32(-np.inf)))
 
     def build(self) -> ov.Model:
         # Each has a weight of its own: the plug-in does not fuse the head's where the embedding uses it, too.

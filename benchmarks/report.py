@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peers
-from model_files import WIDTHS
+from model_files import WIDTHS, title
+from peers import OURS, PEERS
 
 import picture
 
 NOTHING = "-"
+Cells = Callable[["Record"], list[str]]  # of an engine's row, after width and name
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Record:
     # Bytes/s that the machine read from memory right before and after decoding at the reference context: the mean.
     # Only ours has it.
     bandwidth: list[float] = field(default_factory=list)
+    together: dict[int, list[float]] = field(default_factory=dict)  # sequences → tokens/s of all of them
 
     @property
     def label(self) -> str:
@@ -43,6 +45,16 @@ class Record:
     def start(self) -> list[float]:
         """Seconds to the first token as a user has it the second time."""
         return self.warm or self.cold
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An engine that could not be measured with a model."""
+
+    shape: str
+    width: str
+    label: str
+    reason: str
 
 
 @dataclass
@@ -58,6 +70,7 @@ class Run:
     bandwidth: list[float]  # bytes/s
     cache_bytes: int  # of the last-level cache
     records: list[Record]
+    failures: list[Failure] = field(default_factory=list)
 
     def bytes_read(self, shape: str, width: str) -> int | None:
         """What a decoding step of ours reads of the weights from memory; None where a cache holds them."""
@@ -106,25 +119,31 @@ def text(run: Run, markdown: bool) -> str:
     parts = [
         f"{run.machine}, {run.isa}, {run.threads} threads, reads {shown([b / 1e9 for b in run.bandwidth])} GB/s",
         versions,
-        f"Medians of {run.settings['runs']} interleaved rounds (least-most). Batch 1, sampling included.",
+        f"Medians of {run.settings['runs']} interleaved rounds (least-most), sampling included.",
     ]
-    for shape in dict.fromkeys(record.shape for record in run.records):
+    shapes = [*(record.shape for record in run.records), *(failure.shape for failure in run.failures)]
+    for shape in dict.fromkeys(shapes):
         records = [record for record in run.records if record.shape == shape]
-        heading = f"GPT-2 {shape}"
-        parts.append(f"### {heading}" if markdown else heading.upper())
-        parts += [_speeds(run, records, markdown), _starts(records, markdown)]
+        failures = [failure for failure in run.failures if failure.shape == shape]
+        parts.append(f"### {title(shape)}" if markdown else title(shape))
+        if any(record.together for record in records):
+            parts.append(_together(records, failures, markdown))
+        if any(record.decode or record.prefill for record in records):
+            parts += [_speeds(run, records, failures, markdown), _starts(records, failures, markdown)]
+        parts += [f"{each.label}, {each.width}, could not be measured: {each.reason}" for each in failures]
         ratios = _ratios(records, markdown)
         if ratios:
             parts += ["Ours relative to the others (speed: times as fast; time and memory: share of theirs):", ratios]
     notes = {
-        f"{record.label}, {record.width}: {peers.PEERS[record.peer].weights[record.variant]}": None
-        for record in run.records
+        f"{record.label}, {record.width}: {PEERS[record.peer].weights[record.variant]}": None for record in run.records
     }
     parts.append("\n".join(["Weights:", *(f"- {note}" for note in notes)]))
     parts.append(
+        "Together: so many sequences are decoded at once, each from 64 tokens on; tokens/s of all of them. "
         "Bandwidth: what a decoding step reads of our weights, times tokens/s, relative to what the machine read from "
         "memory right before and after; only where no cache holds the weights. "
-        "Deviation: of the logits from those of transformers in float32, root mean square, relative."
+        "Deviation: of the logits from those of transformers in float32, root mean square, relative; what is added to "
+        "all alike does not count."
     )
     return "\n\n".join(parts)
 
@@ -133,21 +152,51 @@ def _columns(records: Sequence[Record], which: str) -> list[int]:
     return sorted({length for record in records for length in getattr(record, which)})
 
 
-def _speeds(run: Run, records: Sequence[Record], markdown: bool) -> str:
+def _lines(records: Sequence[Record], failures: Sequence[Failure], header: list[str], cells: Cells) -> list[list[str]]:
+    """A table's rows, width by width: of each engine its cells, or that it failed."""
+    rows = [[record.width, record.label, *cells(record)] for record in records]
+    rows += [[each.width, each.label, "failed", *[NOTHING] * (len(header) - 3)] for each in failures]
+    return sorted(rows, key=lambda row: WIDTHS.index(row[0]))
+
+
+def _together(records: Sequence[Record], failures: Sequence[Failure], markdown: bool) -> str:
+    counts = _columns(records, "together")
+    header = ["width", "engine", *(f"{count} together, tokens/s" for count in counts), "deviation"]
+
+    def cells(record: Record) -> list[str]:
+        return [*(shown(record.together.get(count, [])) for count in counts), _deviation(record)]
+
+    return table(header, _lines(records, failures, header, cells), markdown)
+
+
+def _deviation(record: Record) -> str:
+    return NOTHING if record.deviation is None else f"{record.deviation:.4f}"
+
+
+def _speeds(run: Run, records: Sequence[Record], failures: Sequence[Failure], markdown: bool) -> str:
     contexts = _columns(records, "decode")
-    reference = reference_context(contexts)
-    header = ["width", "engine", *(f"decode @{c}, tokens/s" for c in contexts), f"bandwidth @{reference}", "deviation"]
-    rows = []
-    for record in records:
+    reference, first, last = reference_context(contexts), contexts[0], contexts[-1]
+    header = [
+        "width",
+        "engine",
+        *(f"decode @{c}, tokens/s" for c in contexts),
+        *([f"@{last} of @{first}"] if last > first else []),
+        f"bandwidth @{reference}",
+        "deviation",
+    ]
+
+    def cells(record: Record) -> list[str]:
         share = NOTHING
         size = run.bytes_read(record.shape, record.width)
         if record.bandwidth and size:
             rounds = zip(record.decode[reference], record.bandwidth, strict=True)
             share = f"{statistics.median(rate * size / bandwidth for rate, bandwidth in rounds):.0%}"
-        deviation = NOTHING if record.deviation is None else f"{record.deviation:.4f}"
+        pairs = zip(record.decode[last], record.decode[first], strict=True)
+        rest = [f"{statistics.median(long / short for long, short in pairs):.0%}"] if last > first else []
         speeds = [shown(record.decode.get(context, [])) for context in contexts]
-        rows.append([record.width, record.label, *speeds, share, deviation])
-    return table(header, rows, markdown)
+        return [*speeds, *rest, share, _deviation(record)]
+
+    return table(header, _lines(records, failures, header, cells), markdown)
 
 
 def reference_context(contexts: Sequence[int]) -> int:
@@ -155,7 +204,7 @@ def reference_context(contexts: Sequence[int]) -> int:
     return min(contexts, key=lambda context: abs(context - 64))
 
 
-def _starts(records: Sequence[Record], markdown: bool) -> str:
+def _starts(records: Sequence[Record], failures: Sequence[Failure], markdown: bool) -> str:
     prompts = _columns(records, "prefill")
     header = [
         "width",
@@ -165,18 +214,16 @@ def _starts(records: Sequence[Record], markdown: bool) -> str:
         "saved engine, s",
         "peak memory, MB",
     ]
-    rows = [
-        [
-            record.width,
-            record.label,
+
+    def cells(record: Record) -> list[str]:
+        return [
             *(shown(record.prefill.get(n, [])) for n in prompts),
             shown(record.cold, 2),
             shown(record.warm, 2),
             shown([peak / 1e6 for peak in record.peak], 0),
         ]
-        for record in records
-    ]
-    return table(header, rows, markdown)
+
+    return table(header, _lines(records, failures, header, cells), markdown)
 
 
 def ratios(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -185,8 +232,8 @@ def ratios(records: Sequence[Record]) -> list[dict[str, Any]]:
     A peer that does not have a width (transformers has no quantized GPT-2) stands there with the next wider one.
     """
     found = []
-    for ours in (record for record in records if record.peer == peers.OURS):
-        for name in dict.fromkeys(record.peer for record in records if record.peer != peers.OURS):
+    for ours in (record for record in records if record.peer == OURS):
+        for name in dict.fromkeys(record.peer for record in records if record.peer != OURS):
             theirs = _comparable([record for record in records if record.peer == name], ours.width)
             if not theirs:
                 continue
@@ -197,6 +244,9 @@ def ratios(records: Sequence[Record]) -> list[dict[str, Any]]:
                 entry[f"decode @{length}"] = _ratio(rates, [record.decode.get(length, []) for record in theirs], max)
             for length, rates in ours.prefill.items():
                 entry[f"prefill @{length}"] = _ratio(rates, [record.prefill.get(length, []) for record in theirs], max)
+            for count, rates in ours.together.items():
+                theirs_together = [record.together.get(count, []) for record in theirs]
+                entry[f"{count} together"] = _ratio(rates, theirs_together, max)
             entry["first token"] = _ratio(ours.start, [record.start for record in theirs], min)
             entry["peak memory"] = _ratio(ours.peak, [record.peak for record in theirs], min)
             found.append(entry)
@@ -224,7 +274,7 @@ def _ratios(records: Sequence[Record], markdown: bool) -> str:
     entries = ratios(records)
     if not entries:
         return ""
-    columns = [key for key in entries[0] if key not in ("width", "peer")]
+    columns = [key for key in entries[0] if any(not isinstance(entry.get(key), str | None) for entry in entries)]
     rows = [
         [e["width"], e["peer"], *(NOTHING if e.get(c) is None else f"{e[c]:.2f}" for c in columns)] for e in entries
     ]
@@ -239,7 +289,7 @@ def plot(run: Run, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "bench"  # the same numbers give the same file
-    shapes = list(dict.fromkeys(record.shape for record in run.records))
+    shapes = list(dict.fromkeys(record.shape for record in run.records if record.decode))
     names = list(dict.fromkeys(record.peer for record in run.records))
     figure, axes = plt.subplots(1, len(shapes), figsize=(1.5 + 4.5 * len(shapes), 4.2), squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):
@@ -267,7 +317,7 @@ def plot(run: Run, path: Path) -> None:
             if limit is not None:
                 axis.hlines(limit, group - 0.45, group + 0.45, color="black", linestyle="--", linewidth=1)
         axis.set_xticks(range(len(widths)), widths)
-        axis.set_title(f"GPT-2 {shape}, context {context}")
+        axis.set_title(f"{title(shape)}, context {context}")
         axis.set_ylabel("decoding, tokens/s")
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(names))]

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import command_line  # noqa: E402
 import quantization  # noqa: E402
+import quantizing.settings  # noqa: E402
 from command_line import UsageError  # noqa: E402
 from engine import config_of, load_model  # noqa: E402
 from evaluation.perplexity import nats_of, perplexity  # noqa: E402
@@ -131,7 +132,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--stride", metavar="N", type=int, default=128, help="from window to window (default %(default)s)"
     )
     parser.add_argument("--calib-data", metavar="FILE", nargs="+", help="texts to calibrate on")
-    parser.add_argument("--calib-size", metavar="N", type=int, default=quantization.CALIB_SIZE)
+    parser.add_argument("--calib-size", metavar="N", type=int, default=quantizing.settings.CALIB_SIZE)
     parser.add_argument("--bits", metavar="N", type=int, nargs="+", default=[8, 4, 3])
     parser.add_argument(
         "--group-size", metavar="N", type=int, nargs="+", default=[0], help="0: a scale an output feature (default)"

@@ -6,26 +6,26 @@ some milliseconds after their work, and would take the next worker's processor.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
-import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peers
-from peers import Task
+from peers.task import Engine, Prompts, Task
 
 SHORTEST_TURN = 0.2  # seconds: a turn that is shorter is repeated, so that clocks and schedulers matter little
-REST = 0.01  # seconds between two looks at the processor time
-LONGEST_REST = 2.0  # seconds
+LONGEST_ANSWER = 1200.0  # seconds: who needs more has got stuck
 
-_context = multiprocessing.get_context("spawn")
+_SERVER = Path(__file__).with_name("served.py")
 
 
 class WorkerError(Exception):
@@ -37,101 +37,83 @@ class Worker:
 
     Args:
         make: A function of a module, called there with ``arguments``, returns the object.
+        python: The Python to run there; None for this one, with the same places to look for modules.
 
     Raises:
         WorkerError: ``make`` failed.
     """
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        self._connection, remote = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(remote, make, arguments), daemon=True)
-        self._process.start()
-        remote.close()
+    def __init__(self, make: Callable[..., Any], *arguments: Any, python: Path | None = None) -> None:
+        self._connection, remote = multiprocessing.Pipe()
+        command = [str(python or sys.executable), str(_SERVER), str(remote.fileno())]
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[remote.fileno()])
+        except OSError as error:
+            raise WorkerError(f"{command[0]} cannot be started: {error.strerror}") from None
+        finally:
+            remote.close()
+        weakref.finalize(self, self._process.kill)  # when this process ends, too
+        self._send((None if python else sys.path, pickle.dumps((make, arguments))))
         self.receive()
+
+    def _send(self, message: object) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise WorkerError("its process has ended") from None
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the object's method returns there."""
-        try:
-            self._connection.send((method, arguments))
-        except OSError:
-            raise WorkerError("its process has ended") from None
+        self._send((method, arguments))
         return self.receive()
 
     def receive(self) -> Any:
+        """Its answer."""
         try:
+            if not self._connection.poll(LONGEST_ANSWER):
+                self._process.kill()
+                raise WorkerError(f"it gave no answer for {LONGEST_ANSWER:.0f} seconds")
             failure, result = self._connection.recv()
         except (EOFError, OSError):
-            self._process.join(5)
-            raise WorkerError(f"its process ended with exit code {self._process.exitcode}") from None
+            raise WorkerError(f"its process ended with exit code {self._exit_code(5)}") from None
         if failure is not None:
             raise WorkerError(failure)
         return result
 
+    def _exit_code(self, patience: float) -> int | None:
+        """None if it does not end."""
+        try:
+            return self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            return None
+
     def close(self) -> None:
         """Ends the process, and returns when it has ended."""
         self._connection.close()  # which ends its loop
-        self._process.join(10)
-        if self._process.is_alive():
+        if self._exit_code(10) is None:
             self._process.kill()
-            self._process.join()
-
-
-def _serve(connection: Connection, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    _keep_stdout_clean()
-    try:
-        served = make(*arguments)
-        _rest()
-        connection.send((None, None))
-        while True:
-            method, arguments = connection.recv()
-            result = getattr(served, method)(*arguments)
-            _rest()
-            connection.send((None, result))
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        pass  # nobody asks any more
-    except Exception as error:
-        connection.send((_one_line(error), None))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-def _keep_stdout_clean() -> None:
-    """Whatever a library prints goes to standard error: standard output is the table's."""
-    os.dup2(2, 1)
-
-
-def _rest() -> None:
-    """Returns when the process does nothing else any more."""
-    end = time.perf_counter() + LONGEST_REST
-    while time.perf_counter() < end:
-        used = time.process_time()
-        time.sleep(REST)
-        if time.process_time() - used < REST / 10:
-            return
+            self._process.wait()
 
 
 class Timed:
     """An engine in a worker.
 
     Args:
-        name: One of ``peers.PEERS``.
+        make: Loads it.
     """
 
-    def __init__(self, name: str, task: Task) -> None:
-        self.engine = peers.start(name, task)
+    def __init__(self, make: Callable[[Task], Engine], task: Task) -> None:
+        self.engine = make(task)
 
     def logits(self, prompt: Sequence[int]) -> Any:
         return self.engine.logits(prompt)
 
-    def turn(self, prompt: Sequence[int], new: int) -> list[list[float]]:
-        """The moments of each token, of as many repetitions as a turn takes."""
+    def turn(self, prompts: Prompts, new: int) -> list[list[float]]:
+        """The moments of each step's tokens, of as many repetitions as a turn takes."""
         responses: list[list[float]] = []
         begin = time.perf_counter()
         while not responses or time.perf_counter() - begin < SHORTEST_TURN:
-            responses.append(self.engine.generate(prompt, new))
+            responses.append(self.engine.generate(prompts, new))
         return responses
 
 
@@ -142,8 +124,13 @@ def write_model(name: str, shape: str, width: str, cache: Path) -> None:
     model_files.model_file(name, shape, width, cache)
 
 
-def fresh_start(name: str, task: Task, prompt: Sequence[int], new: int) -> tuple[float, int]:
+def fresh_start(
+    name: str, task: Task, prompt: Sequence[int], new: int, python: Path | None = None
+) -> tuple[float, int]:
     """A new process that loads a model, generates, and ends: fresh.py.
+
+    Args:
+        python: The Python that it runs in; None for this one.
 
     Returns:
         Seconds from its start to its first token, and its peak memory in bytes.
@@ -166,18 +153,27 @@ def fresh_start(name: str, task: Task, prompt: Sequence[int], new: int) -> tuple
     with (
         tempfile.TemporaryFile("w+", errors="replace") as complaints,
         subprocess.Popen(
-            [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
+            [python or sys.executable, program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
         ) as process,
     ):
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(asked))
-        process.stdin.close()
+        patience = threading.Timer(LONGEST_ANSWER, process.kill)
+        patience.start()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            process.stdin.write(json.dumps(asked))
+            process.stdin.close()
         process.stdout.readline()
         seconds = time.perf_counter() - begin
         peak = process.stdout.readline()
-        if process.wait() != 0 or not peak:
+        process.wait()
+        patience.cancel()
+        if process.returncode != 0 or not peak:
             complaints.seek(0)
             lines = complaints.read().strip().splitlines()
-            reason = lines[-1] if lines else f"exit code {process.returncode}"
+            reason = lines[-1] if lines and process.returncode > 0 else f"exit code {process.returncode}"
             raise WorkerError(f"a fresh process failed: {reason}")
     return seconds, int(peak)
