@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import re
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +13,16 @@ import numpy as np
 import nvtripy as tp
 
 import model as model_module
+from engine_cache import EngineError, EngineFolder
 from model import GPT, GPTConfig, Linear
 from nvtripy_portable import engine_file
-from nvtripy_portable.decoder import Decoder
+from nvtripy_portable.decoder import Decoder, Rows
+from nvtripy_portable.unchanging import never_changes
 from weight_loader import Checkpoint
 
-_ABANDONED_AFTER = 3600  # seconds
-
-
-class EngineError(Exception):
-    """An engine folder cannot be used; one line says why."""
+#: The sources of what makes numbers of a checkpoint's files.
+_ROOT = Path(__file__).parent
+_READERS = [_ROOT / "conversion.py", *sorted((_ROOT / "loading").rglob("*.py"))]
 
 
 @contextlib.contextmanager
@@ -56,28 +52,30 @@ class Engine:
         self.batch, self.context = batch, config.n_positions
         self.executable = executable
         try:
-            self._decoder = Decoder.of(executable)
+            decoder = Decoder.of(executable)
         except ValueError as error:
             raise EngineError(str(error)) from None
-        if self._decoder is None:
+        self._rows = None if decoder is None else Rows(decoder, batch)
+        if self._rows is None:
             self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences.
 
-        A new sequence begins at position 0, in the old one's memory: what the cache holds beyond a position is never
-        read.
+        A new sequence begins at position 0, in the old one's place. One token at a later position is one that the model
+        has generated, any other tokens are a prompt's.
 
         Args:
             idx: Token ids, (B, T) int32.
             position: Tokens that each sequence has already, (B,) int32.
-            last: For which token of each row logits are wanted, (B,) int32.
+            last: For which token of each row logits are wanted, (B,) int32. What comes after it is padding; -1 is for a
+                row that has no token in this step, and whose logits nobody looks at.
 
         Returns:
             Float32 logits, (B, V).
         """
-        if self._decoder is not None:
-            return self._decoder.step(idx, position, last)
+        if self._rows is not None:
+            return self._rows.step(idx, position, last)
         logits, self._cache = self.executable(_to_device(idx), _to_device(position), self._cache, _to_device(last))
         return _to_host(logits)
 
@@ -117,7 +115,8 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     for name, array in checkpoint.parameters(config.dtype):
         array = even_columns(array, layers.get(name.rpartition(".")[0]))
         # NumPy has no bfloat16 to hand over: those numbers go as float32, which holds them, and are cast in the graph.
-        tensor = tp.Tensor(array.astype(np.float32) if config.dtype == "bfloat16" else array)
+        array = array.astype(np.float32) if config.dtype == "bfloat16" else array
+        tensor = tp.Tensor(never_changes(array) if array.flags.owndata else array)  # it is made for the model alone
         if tensor.dtype != wanted[name]:
             tensor = tp.cast(tensor, wanted[name])
             if name.endswith("_scale"):  # which nvtripy takes as a constant in the CPU's memory only
@@ -163,27 +162,27 @@ def open_engine(
     checkpoint: Checkpoint,
     dtype: str,
     batch: int,
-    folder: Path | None = None,
+    folder: EngineFolder | Path | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> Engine:
-    """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and then
-    saved.
+    """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and given
+    to the folder to be saved.
 
     An engine is current if it was made from the same weights, for the same type and batch, by the same code and the
     same nvtripy.
 
     Raises:
-        EngineError: ``folder`` cannot be read or written, or the environment asks the portable runtime for what it does
-            not have.
+        EngineError: ``folder`` cannot be read or written, though it has to, or the environment asks the portable
+            runtime for what it does not have.
         CheckpointError: the checkpoint's weights cannot be loaded.
     """
     config = config_of(checkpoint, dtype)
     if folder is None:
         return Engine(compile_model(load_model(checkpoint, config), batch), config, batch)
-    _make_writable(folder)
-    name = f"{_file_name(checkpoint.path)}-{dtype}-batch{batch}"
-    path = folder / f"{name}-{_key(checkpoint, config, batch)}.engine"
-    if path.exists():
+    engines = EngineFolder(folder) if isinstance(folder, Path) else folder
+    engines.check()
+    path = engines.file(checkpoint.path, f"{dtype}-batch{batch}", _key(checkpoint, config, batch))
+    if engines.has(path):
         try:
             executable = _load(path, config, batch)
         except Exception as error:
@@ -193,15 +192,11 @@ def open_engine(
             report(f"{path} cannot be used ({reason}): building it again")
         else:
             engine = Engine(executable, config, batch)
+            engines.used(path)
             report(f"opened {path}")
             return engine
     executable = compile_model(load_model(checkpoint, config), batch)
-    _save(executable, path)
-    report(f"saved {path}")
-    for stale in folder.glob(f"{name}-*.engine"):
-        if stale != path:
-            stale.unlink(missing_ok=True)
-    _remove_abandoned(folder, name)
+    engines.save(executable, path, report)
     return Engine(executable, config, batch)
 
 
@@ -220,41 +215,6 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
 def _key(checkpoint: Checkpoint, config: GPTConfig, batch: int) -> str:
     """Identifies everything that an engine is made from, but the runtime, which checks its own files itself."""
     parts = [checkpoint.fingerprint(), repr(config), str(batch), tp.__version__]
-    for source in (model_module.__file__, __file__):
+    for source in (str(model_module.__file__), __file__, *map(str, _READERS)):
         parts.append(hashlib.sha256(Path(source).read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _file_name(path: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.name) or "model"
-
-
-def _make_writable(folder: Path) -> None:
-    """Creates the folder and proves, before any long work, that a file can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise EngineError(f"expected a writable engine folder but {folder} is not: {error.strerror}") from None
-
-
-def _remove_abandoned(folder: Path, name: str) -> None:
-    """Removes what processes left that were killed while saving. One that is at work has written within the hour."""
-    for partial in folder.glob(f".{name}-*.engine.*"):
-        with contextlib.suppress(OSError):  # another process has removed it
-            if time.time() - partial.stat().st_mtime > _ABANDONED_AFTER:
-                partial.unlink()
-
-
-def _save(executable: tp.Executable, path: Path) -> None:
-    """Writes beside the target and renames, so that an interrupted run leaves nothing half-written."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        engine_file.save(executable, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise EngineError(f"cannot save the engine to {path}: {error.strerror}") from None
-    finally:
-        Path(partial).unlink(missing_ok=True)

@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import command_line
+import engine_cache
 import generation
 import machine
 import quantization
 import text_file
 from command_line import UsageError
+from engine_cache import EngineError, EngineFolder
 from quantization import QuantizationConfig, QuantizationError
 from response import Response, encode_prompt
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
@@ -100,12 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="of weights and activations (default %(default)s)",
     )
     quantization.add_arguments(parser.add_argument_group("quantization"))
-    parser.add_argument(
-        "--engine-dir",
-        metavar="DIR",
-        type=command_line.path,
-        help="save the compiled engine here and reopen it next time",
-    )
+    command_line.add_engine_arguments(parser)
     parser.add_argument(
         "--threads", metavar="N", type=int, help="of the portable runtime (default: the cores that it may use)"
     )
@@ -231,6 +228,14 @@ def respond(
         yield row, response.finish()
 
 
+def saving(engines: EngineFolder | None, pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The pieces of responses. Once there are any, a new engine is saved beside the work on the others."""
+    for piece in pieces:
+        yield piece
+        if engines is not None:
+            engines.save_pending(wait=False)
+
+
 def run(options: argparse.Namespace) -> None:
     """Carries out the command."""
     prompts = read_prompts(options)
@@ -238,7 +243,7 @@ def run(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.model_type, options.revision)
     from tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
     encoded = [encode_prompt(prompt, tokenizer, checkpoint.config.n_positions) for prompt in prompts]
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
@@ -247,7 +252,7 @@ def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
     # These import nvtripy, which takes a moment: only once the input is known to be good.
-    from engine import EngineError, open_engine
+    from engine import open_engine
 
     jobs = (
         Job(prompt, ids, sample)
@@ -256,8 +261,9 @@ def run(options: argparse.Namespace) -> None:
     )
     batch = 1 if options.stream else min(len(prompts) * options.num_samples, MAX_BATCH)
     report = command_line.report if options.verbose else _ignore
+    engines = engine_cache.chosen(options, lambda message: command_line.report(f"example.py: {message}"))
     try:
-        engine = open_engine(checkpoint, options.dtype, batch, options.engine_dir, report)
+        engine = open_engine(checkpoint, options.dtype, batch, engines, report)
     except EngineError as error:
         raise UsageError(str(error)) from None
     eos_ids = checkpoint.config.eos_token_ids
@@ -266,7 +272,7 @@ def run(options: argparse.Namespace) -> None:
 
     is_first = True
     while group := list(itertools.islice(jobs, batch)):
-        pieces = respond(engine, tokenizer, group, options, eos_ids, timing)
+        pieces = saving(engines, respond(engine, tokenizer, group, options, eos_ids, timing))
         if not is_first:
             print(SEPARATOR)
         is_first = False
@@ -281,6 +287,8 @@ def run(options: argparse.Namespace) -> None:
                 texts[row] += piece
             print(f"\n{SEPARATOR}\n".join(texts), flush=True)
     timing.finished = time.perf_counter()
+    if engines is not None:
+        engines.save_pending()
     if options.verbose:
         command_line.report(timing.report())
 

@@ -37,7 +37,8 @@ class CachedModel(Protocol):
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens (B, T) at ``position`` (B,), 0 for a new sequence.
 
-        Returns float32 logits (B, V), those of each row's token ``last``.
+        Returns float32 logits (B, V), those of each row's token ``last``: what comes after it is padding. -1 is for a
+        row that has no token in this step.
         """
 
 
@@ -131,7 +132,7 @@ def generate(
             raise ValueError(f"expected a prompt of 1 to {model.context} tokens but got {len(prompt)}")
     if max_new_tokens < 1:
         return
-    lengths = np.ones(model.batch, dtype=np.int32)  # rows that no prompt uses hold one token of padding
+    lengths = np.zeros(model.batch, dtype=np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     idx = np.zeros((model.batch, int(lengths.max())), dtype=np.int32)
     for row, prompt in enumerate(prompts):
@@ -142,7 +143,8 @@ def generate(
     # token, after a step that left nothing of it in the processor's caches: it does no more than it has to.
     room = [model.context - len(prompt) + 1 for prompt in prompts]
     least_room = min(room)
-    tokens, only = np.zeros((model.batch, 1), dtype=np.int32), np.zeros(model.batch, dtype=np.int32)
+    tokens, only = np.zeros((model.batch, 1), dtype=np.int32), np.full(model.batch, -1, dtype=np.int32)
+    only[: len(prompts)] = 0
     position = lengths  # of each row's next token
     for count in range(1, max_new_tokens + 1):
         drawn = []
@@ -154,9 +156,11 @@ def generate(
         yield drawn
         if count >= least_room:
             done.update(row for row, most in enumerate(room) if count >= most)
-            # Rows that are done go on in place: their result is not looked at, and their slot never leaves the context.
+            # Where rows cannot be left out, they go on in place: their slot never leaves the context.
             np.minimum(position, model.context - 1, out=position)
         if count == max_new_tokens or len(done) >= len(prompts):
             return
+        for row in done:
+            only[row] = -1
         logits = model.step(tokens, position, only)
         position += 1

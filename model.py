@@ -1,17 +1,18 @@
 """NanoGPT: GPT-2 and its relatives as nvtripy Modules, read top-down in the order in which the data flows.
 
-Half precision with float32 LayerNorm. One ``forward`` serves both uses: ``forward(idx)`` is stateless and gives the
-logits of every position; ``forward(idx, position, cache)`` continues sequences whose keys and values are in ``cache``
-and returns the cache with the new ones written into it. The cache is a plain input and output of static shape, so
-TensorRT compiles it as it is.
+One file, longer than others here, since it is one idea: a family (StarCoder, Llama's kind, ...) is a row of settings,
+and there is one place where each setting shows. Half precision with float32 norms. One ``forward`` serves both uses:
+``forward(idx)`` is stateless and gives the logits of every position; ``forward(idx, position, cache)`` continues
+sequences whose keys and values are in ``cache`` and returns the cache with the new ones written into it. The cache is a
+plain input and output of static shape, so TensorRT compiles it as it is.
 
-Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size
-D = E / H, V the vocabulary, L layers.
+Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D,
+which read G key-value heads (G = H in GPT-2; R = H / G heads share one), F the MLP's width, V the vocabulary, L layers.
 
-Parameters are named as in HuggingFace's GPT-2; linear weights are (out_features, in_features), except that weights
-quantized in blocks are (in_features, out_features): nvtripy's blocks run along the first dimension, ModelOpt's along
-the input features. Quantization is declared here with nvtripy's ``quantize`` and ``dequantize``, and becomes small
-weights when it is compiled.
+Parameters are named as in HuggingFace's GPT-2, whatever the family; linear weights are (out_features, in_features),
+except that weights quantized in blocks are (in_features, out_features): nvtripy's blocks run along the first dimension,
+ModelOpt's along the input features. Quantization is declared here with nvtripy's ``quantize`` and ``dequantize``, and
+becomes small weights when it is compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import nvtripy as tp
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture of a GPT-2, under the names that HuggingFace's ``config.json`` uses, and its data type.
+    """The architecture, by the names of HuggingFace's ``config.json`` of a GPT-2 where it has one, and the data type.
 
     Raises:
         ValueError: a value that no model can have; the message says what was expected and what came.
@@ -36,9 +37,21 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    n_kv_head: int | None = None  # heads of keys and values, each for n_head / n_kv_head queries'; None: n_head
+    head_dim: int | None = None  # size of a head; None: n_embd / n_head
     n_inner: int | None = None  # width of the MLP; 4 * n_embd where it is not given
     activation_function: str = "gelu_new"
+    gated_mlp: bool = False  # activation(gate) * up, both linear in the input (GLU)
+    norm: str = "layer"  # one of NORMS
     layer_norm_epsilon: float = 1e-5
+    norm_bias: bool = True  # which RMSNorm never has
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    position_embedding: str = "learned"  # or "rotary" (RoPE)
+    rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0  # of each head's dimensions, from the first on, that are rotated
+    rotary_interpolation: float = 1.0  # that positions are divided by
+    window: int | None = None  # how many tokens one sees, itself included; None: all before it
     tie_word_embeddings: bool = True
     scale_attn_weights: bool = True  # by 1 / sqrt(head size)
     scale_attn_by_inverse_layer_idx: bool = False  # by 1 / (number of the layer, from 1), too
@@ -58,9 +71,28 @@ class GPTConfig:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"expected n_head to divide n_embd but got {self.n_head} heads and a width of {self.n_embd}"
+            )
+        for name in ("n_kv_head", "head_dim", "n_inner", "window"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"expected {name} to be at least 1 but got {getattr(self, name)}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"expected n_kv_head to divide n_head but got {self.kv_heads} heads of keys for {self.n_head}"
+            )
+        if self.norm not in NORMS:
+            raise ValueError(f"expected norm to be one of {', '.join(NORMS)} but got {self.norm}")
+        if self.position_embedding not in ("learned", "rotary"):
+            raise ValueError(f"expected position_embedding to be learned or rotary but got {self.position_embedding}")
+        for name in ("rotary_base", "rotary_fraction", "rotary_interpolation"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} to be a positive number but got {getattr(self, name)}")
+        if self.is_rotary and (self.rotary_fraction > 1 or self.rotary_size < 2 or self.rotary_size % 2):
+            raise ValueError(
+                f"expected rotary_fraction to make an even number of a head's {self.head_size} dimensions but got "
+                f"{self.rotary_fraction}"
             )
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
@@ -81,7 +113,7 @@ class GPTConfig:
         has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
         if has_table and self.quant_mode != "int8-weight-only":
             raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
-        widths = (self.n_embd, self.inner_size)
+        widths = {self.n_embd: None, self.n_head * self.head_size: None, self.inner_size: None}  # of inputs, in order
         if self.block_size < 1:
             raise ValueError(f"expected block_size to be at least 1 but got {self.block_size}")
         if self.quant_mode == "int4-weight-only" and any(width % self.block_size for width in widths):
@@ -92,7 +124,24 @@ class GPTConfig:
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def is_rotary(self) -> bool:
+        return self.position_embedding == "rotary"
+
+    @property
+    def rotary_size(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def has_norm_bias(self) -> bool:
+        return self.norm_bias and self.norm != "rms"
 
     @property
     def tripy_dtype(self) -> tp.dtype:
@@ -140,14 +189,18 @@ class GPTConfig:
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
-        """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, H, C, D), keys before values."""
-        return (self.n_layer, 2, batch, self.n_head, self.n_positions, self.head_size)
+        """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, G, C, D), keys before values."""
+        return (self.n_layer, 2, batch, self.kv_heads, self.n_positions, self.head_size)
 
 
 DTYPES: dict[str, tp.dtype] = {"float16": tp.float16, "bfloat16": tp.bfloat16, "float32": tp.float32}
 
 
 CACHE_DTYPES: dict[str, tp.dtype] = {"int8": tp.int8, "fp8": tp.float8}
+
+# Layer normalization (Ba et al. 2016), the same with 1 added to the stored weights, as NeMo has it, and RMSNorm (Zhang
+# and Sennrich 2019).
+NORMS = ("layer", "layer1p", "rms")
 
 
 @dataclass(frozen=True)
@@ -186,26 +239,34 @@ def gelu_tanh(x: tp.Tensor) -> tp.Tensor:
     return tp.cast(wide * (tp.tanh(inner) + 1.0) * 0.5, x.dtype)
 
 
+def squared_relu(x: tp.Tensor) -> tp.Tensor:
+    """Of So et al. 2021 (Primer)."""
+    positive = tp.relu(x)
+    return positive * positive
+
+
 ACTIVATIONS: dict[str, Callable[[tp.Tensor], tp.Tensor]] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu": tp.gelu,
     "relu": tp.relu,
+    "relu2": squared_relu,
     "silu": tp.silu,
 }
 
 
 class GPT(tp.Module):
-    """A decoder-only transformer with learned positions: GPT-2 (Radford et al. 2019)."""
+    """A decoder-only transformer: GPT-2 (Radford et al. 2019) and what came of it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         if not config.embedding_is_head:
             self.wte = embedding(config.vocab_size, config, config.quant_embedding)
-        self.wpe = embedding(config.n_positions, config, config.quant_position_embedding)
+        if not config.is_rotary:
+            self.wpe = embedding(config.n_positions, config, config.quant_position_embedding)
         self.h = [Block(config, layer) for layer in range(config.n_layer)]
-        self.ln_f = LayerNorm(config)
+        self.ln_f = Norm(config)
         if not config.head_is_embedding:
             self.lm_head = Linear(config.n_embd, config.vocab_size, config, config.head_mode, bias=False)
 
@@ -232,8 +293,8 @@ class GPT(tp.Module):
         batch, length = idx.shape
         ahead = tp.unsqueeze(tp.iota((length,), dtype=tp.int32), 0)  # (1, T)
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
-        embedded = self.lm_head.rows(idx) if self.config.embedding_is_head else self.wte(idx)
-        x = embedded + self.wpe(positions)  # (B, T, E)
+        x = self.lm_head.rows(idx) if self.config.embedding_is_head else self.wte(idx)  # (B, T, E)
+        x = x if self.config.is_rotary else x + self.wpe(positions)
 
         if cache is None:
             slots, update = tp.iota((length,), dtype=tp.int32), None
@@ -241,12 +302,19 @@ class GPT(tp.Module):
             slots = tp.iota((self.config.n_positions,), dtype=tp.int32)
             if self.config.cache_dtype is tp.int8:
                 cache = tp.cast(cache, self.config.tripy_dtype)  # the numbers as they are, not yet scaled back
-            update = CacheUpdate(slots, position, batch, length)
-        visible = tp.reshape(slots, (1, 1, 1, -1)) <= tp.unsqueeze(tp.unsqueeze(positions, 1), 3)  # (1 or B, 1, T, C)
+            update = CacheUpdate(self.config, slots, position, batch, length)
+        own = tp.unsqueeze(tp.unsqueeze(positions, 1), 3)  # (1 or B, 1, T, 1)
+        others = tp.reshape(slots, (1, 1, 1, -1))
+        visible = others <= own  # (1 or B, 1, T, C)
+        if self.config.window is not None:
+            visible = ~((others > own) | (others <= own - self.config.window))  # nvtripy has no "and"
+        if self.config.kv_heads < self.config.n_head:
+            visible = tp.unsqueeze(visible, 1)
+        call = Call(batch, length, visible, Rotation(self.config, positions) if self.config.is_rotary else None, update)
 
         layers = []
         for i, block in enumerate(self.h):
-            x, written = block(x, visible, None if cache is None else cache[i], update)
+            x, written = block(x, call, None if cache is None else part(cache, i))
             layers.append(written)
 
         if last is not None:
@@ -257,77 +325,140 @@ class GPT(tp.Module):
         logits = tp.cast(head(x), tp.float32)
         if cache is None:
             return logits
-        new_cache = tp.stack(layers)
+        shape = (1, 2, batch, *self.config.cache_shape(1)[3:])
+        new_cache = tp.concatenate([tp.reshape(each, shape) for each in layers], 0)
         if self.config.cache_dtype is tp.int8:
             new_cache = tp.cast(new_cache, tp.int8)  # integers already
         return logits, new_cache
 
 
+@dataclass(frozen=True)
+class Call:
+    """What all layers share of one call.
+
+    Its sizes among it: nvtripy computes the shape of every tensor that is asked for it, with operations of their own.
+    """
+
+    batch: tp.DimensionSize
+    length: tp.DimensionSize
+    visible: tp.Tensor  # which slots each token sees, (1 or B, 1, T, C), or (1 or B, 1, 1, T, C) where heads share keys
+    rotation: Rotation | None
+    update: CacheUpdate | None
+
+
+def part(x: tp.Tensor, index: int, dim: int = 0) -> tp.Tensor:
+    """One part along a dimension, which goes: what ``x[index]`` is, by one operation instead of forty."""
+    return tp.gather(x, dim, tp.Tensor(index))
+
+
+def parts(x: tp.Tensor, begin: int, end: int, dim: int) -> tp.Tensor:
+    """The parts ``begin <= i < end`` along a dimension."""
+    return tp.gather(x, dim, tp.Tensor(list(range(begin, end))))
+
+
 class Block(tp.Module):
-    """Attention and MLP, each on the normalized residual stream (pre-LN)."""
+    """Attention and MLP, each on the normalized residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = Norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: tp.Tensor, visible: tp.Tensor, cache: tp.Tensor | None, update: CacheUpdate | None
-    ) -> tuple[tp.Tensor, tp.Tensor | None]:
-        attended, cache = self.attn(self.ln_1(x), visible, cache, update)
+    def forward(self, x: tp.Tensor, call: Call, cache: tp.Tensor | None) -> tuple[tp.Tensor, tp.Tensor | None]:
+        attended, cache = self.attn(self.ln_1(x), call, cache)
         x = x + attended
-        return x + self.mlp(self.ln_2(x)), cache
+        return x + self.mlp(self.ln_2(x), call), cache
 
 
-class LayerNorm(tp.LayerNorm):
-    """LayerNorm over the width, in float32 whatever comes in."""
+class Norm(tp.Module):
+    """A norm over the width, one of NORMS, in float32 whatever comes in."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config.n_embd, dtype=tp.float32, eps=config.layer_norm_epsilon)
+        super().__init__()
+        self.kind, self.width, self.epsilon = config.norm, config.n_embd, config.layer_norm_epsilon
+        plain = self.plain()
+        self.weight, self.bias = plain.weight, plain.bias if config.has_norm_bias else None
+
+    def plain(self) -> tp.LayerNorm:
+        return tp.LayerNorm(self.width, dtype=tp.float32, eps=self.epsilon)
 
     def forward(self, x: tp.Tensor) -> tp.Tensor:
-        return tp.cast(super().forward(tp.cast(x, tp.float32)), x.dtype)
+        wide = tp.cast(x, tp.float32)
+        if self.kind == "rms":
+            size = tp.rsqrt(tp.mean(wide * wide, dim=-1, keepdim=True) + self.epsilon)
+            weight = tp.reshape(self.weight, (*(1,) * (x.rank - 1), self.width))
+            return tp.cast(wide * size * weight, x.dtype)
+        norm = self.plain()  # nvtripy has layer normalization as a Module only
+        norm.weight = self.weight + 1.0 if self.kind == "layer1p" else self.weight
+        norm.bias = tp.zeros((self.width,), dtype=tp.float32) if self.bias is None else self.bias
+        return tp.cast(norm(wide), x.dtype)
+
+
+class Rotation:
+    """Rotary positions (Su et al. 2021): dimensions i and i + half of a head turn by position * frequency i."""
+
+    def __init__(self, config: GPTConfig, positions: tp.Tensor) -> None:
+        half, rest = config.rotary_size // 2, config.head_size - config.rotary_size
+        steps = [config.rotary_base ** (-i / half) / config.rotary_interpolation for i in range(half)]
+        angles = tp.cast(tp.unsqueeze(tp.unsqueeze(positions, 2), 3), tp.float32) * tp.reshape(
+            tp.Tensor([*steps, *steps, *[0.0] * rest]), (1, 1, 1, -1)
+        )  # (1 or B, T, 1, D)
+        signs = tp.reshape(tp.Tensor([*[-1.0] * half, *[1.0] * half, *[0.0] * rest]), (1, 1, 1, -1))
+        self.cos, self.sin = tp.cos(angles), tp.sin(angles) * signs
+        self.partners = tp.Tensor([*range(half, 2 * half), *range(half), *range(2 * half, config.head_size)])
+
+    def __call__(self, x: tp.Tensor) -> tp.Tensor:
+        """(B, T, heads, D), turned, in float32 on the way."""
+        wide = to(x, tp.float32)
+        return to(wide * self.cos + tp.gather(wide, 3, self.partners) * self.sin, x.dtype)
 
 
 class CausalSelfAttention(tp.Module):
-    """Multi-head attention over the positions that each token may see."""
+    """Attention over the positions that each token may see. Heads may share keys and values (Ainslie et al. 2023)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.n_head, self.head_size, self.n_embd = config.n_head, config.head_size, config.n_embd
+        self.n_head, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
         self.score_scale, self.scale_dtype = config.score_scale(layer), config.scale_dtype
         self.cache_rounding = CACHE_DTYPES.get(config.kv_cache_dtype or "")
         if self.cache_rounding is not None:
             self.k_scale, self.v_scale = scalar_parameter(config), scalar_parameter(config)
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config, config.linear_mode)
-        self.c_proj = Linear(config.n_embd, config.n_embd, config, config.linear_mode)
+        width, bias = config.n_head * config.head_size, config.attention_bias
+        rows = width + 2 * config.kv_heads * config.head_size
+        self.c_attn = Linear(config.n_embd, rows, config, config.linear_mode, bias)
+        self.c_proj = Linear(width, config.n_embd, config, config.linear_mode, bias)
 
-    def forward(
-        self, x: tp.Tensor, visible: tp.Tensor, cache: tp.Tensor | None, update: CacheUpdate | None
-    ) -> tuple[tp.Tensor, tp.Tensor | None]:
-        q, k, v = tp.split(self.c_attn(x), 3, dim=2)  # (B, T, E) each
-        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)  # (B, H, T, D)
+    def forward(self, x: tp.Tensor, call: Call, cache: tp.Tensor | None) -> tuple[tp.Tensor, tp.Tensor | None]:
+        heads, groups, size = self.n_head, self.kv_heads, self.head_size
+        qkv = tp.reshape(self.c_attn(x), (call.batch, call.length, heads + 2 * groups, size))  # (B, T, H + 2G, D)
+        if call.rotation is not None:
+            qk = call.rotation(parts(qkv, 0, heads + groups, 2))
+            qkv = tp.concatenate([qk, parts(qkv, heads + groups, heads + 2 * groups, 2)], 2)
+        q = tp.permute(parts(qkv, 0, heads, 2), (0, 2, 1, 3))  # (B, H, T, D)
+        kv = tp.reshape(parts(qkv, heads, heads + 2 * groups, 2), (call.batch, call.length, 2, groups, size))
+        kv = tp.permute(kv, (2, 0, 3, 1, 4))  # (2, B, G, T, D)
         if self.cache_rounding is not None:
             # Rounded to what the cache can hold, and not yet scaled back: the cache holds these numbers.
-            k = tp.cast(tp.quantize(to(k, self.scale_dtype), self.k_scale, self.cache_rounding), x.dtype)
-            v = tp.cast(tp.quantize(to(v, self.scale_dtype), self.v_scale, self.cache_rounding), x.dtype)
-        if cache is not None and update is not None:
-            k, v = update(cache[0], k), update(cache[1], v)  # (B, H, C, D)
-            cache = tp.stack([k, v])
+            k = tp.cast(tp.quantize(to(part(kv, 0), self.scale_dtype), self.k_scale, self.cache_rounding), x.dtype)
+            v = tp.cast(tp.quantize(to(part(kv, 1), self.scale_dtype), self.v_scale, self.cache_rounding), x.dtype)
+            kv = tp.stack([k, v])
+        if cache is not None and call.update is not None:
+            kv = cache = call.update(cache, kv)  # (2, B, G, C, D)
+        k, v = part(kv, 0), part(kv, 1)
         if self.cache_rounding is not None:
             q, k, v = (to(each, self.scale_dtype) for each in (q, k, v))
             k, v = k * self.k_scale, v * self.v_scale
+        if groups < heads:  # (B, G, R, T, D) meet (B, G, 1, C, D)
+            q = tp.reshape(q, (call.batch, groups, heads // groups, call.length, size))
+            k, v = tp.unsqueeze(k, 2), tp.unsqueeze(v, 2)
         # Scaled before the product, which keeps float16 scores within range.
-        scores = (q * self.score_scale) @ tp.transpose(k, 2, 3)  # (B, H, T, C)
-        weights = tp.softmax(tp.where(visible, scores, -math.inf), dim=3)
-        y = tp.reshape(tp.permute(to(weights @ v, x.dtype), (0, 2, 1, 3)), x.shape)  # (B, T, E)
-        return self.c_proj(y), cache
-
-    def split_heads(self, x: tp.Tensor) -> tp.Tensor:
-        batch, length, _ = x.shape
-        return tp.permute(tp.reshape(x, (batch, length, self.n_head, self.head_size)), (0, 2, 1, 3))
+        scores = (q * self.score_scale) @ tp.transpose(k, -2, -1)  # (B, H, T, C), or (B, G, R, T, C)
+        weights = tp.softmax(tp.where(call.visible, scores, -math.inf), dim=-1)
+        y = to(weights @ v, x.dtype)
+        y = tp.permute(y, (0, 2, 1, 3) if groups == heads else (0, 3, 1, 2, 4))  # (B, T, H, D), or (B, T, G, R, D)
+        return self.c_proj(tp.reshape(y, (call.batch, call.length, heads * size))), cache
 
 
 class CacheUpdate:
@@ -337,7 +468,12 @@ class CacheUpdate:
     """
 
     def __init__(
-        self, slots: tp.Tensor, position: tp.Tensor, batch: tp.DimensionSize, length: tp.DimensionSize
+        self,
+        config: GPTConfig,
+        slots: tp.Tensor,
+        position: tp.Tensor,
+        batch: tp.DimensionSize,
+        length: tp.DimensionSize,
     ) -> None:
         begin = tp.unsqueeze(position, 1)  # (B, 1)
         slot = tp.unsqueeze(slots, 0)  # (1, C)
@@ -346,27 +482,33 @@ class CacheUpdate:
         offset = tp.where(written, slot - begin, 0)
         first_row = tp.unsqueeze(tp.iota((batch,), dtype=tp.int32) * length, 1)
         self.rows = first_row + offset  # (B, C): which of the B * T new rows each slot would take
-        self.written = tp.unsqueeze(tp.unsqueeze(written, 1), 3)  # (B, 1, C, 1)
+        self.written = tp.reshape(written, (1, batch, 1, config.n_positions, 1))
+        self.shape = (batch * length, 2, config.kv_heads, config.head_size)
 
     def __call__(self, cache: tp.Tensor, new: tp.Tensor) -> tp.Tensor:
-        """The cache (B, H, C, D) with the rows of ``new`` (B, H, T, D) in their slots."""
-        heads, size = new.shape[1], new.shape[3]
-        by_row = tp.reshape(tp.permute(new, (0, 2, 1, 3)), (-1, heads, size))  # (B * T, H, D)
-        spread = tp.permute(tp.gather(by_row, 0, self.rows), (0, 2, 1, 3))  # (B, H, C, D)
+        """A layer's cache (2, B, G, C, D) with the rows of ``new`` (2, B, G, T, D) in their slots."""
+        by_row = tp.reshape(tp.permute(new, (1, 3, 0, 2, 4)), self.shape)  # (B * T, 2, G, D)
+        spread = tp.permute(tp.gather(by_row, 0, self.rows), (2, 0, 3, 1, 4))  # (2, B, G, C, D)
         return tp.where(self.written, spread, cache)
 
 
 class MLP(tp.Module):
-    """Two linear layers with the checkpoint's activation between them."""
+    """Two linear layers with the checkpoint's activation between them, maybe as a gate (Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.inner_size, config, config.linear_mode)
-        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode)
+        self.inner_size, self.is_gated = config.inner_size, config.gated_mlp
+        rows = config.inner_size * (2 if config.gated_mlp else 1)
+        self.c_fc = Linear(config.n_embd, rows, config, config.linear_mode, config.mlp_bias)
+        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode, config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation_function]
 
-    def forward(self, x: tp.Tensor) -> tp.Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+    def forward(self, x: tp.Tensor, call: Call) -> tp.Tensor:
+        hidden = self.c_fc(x)
+        if not self.is_gated:
+            return self.c_proj(self.activation(hidden))
+        hidden = tp.reshape(hidden, (call.batch, call.length, 2, self.inner_size))  # gate and up
+        return self.c_proj(self.activation(part(hidden, 0, 2)) * part(hidden, 1, 2))
 
 
 class Linear(tp.Module):
@@ -390,7 +532,7 @@ class Linear(tp.Module):
         self.scale_dtype = self.dtype if mode is None else config.scale_dtype
         self.mode = mode
         self.has_blocks = mode is not None and mode.scales == "block"
-        self.out_features = out_features
+        self.in_features, self.out_features = in_features, out_features
         self.is_padded = self.has_blocks and out_features % 2 == 1
         self.per_token = config.per_token
         # nvtripy's own Linear declares the parameters: there is no other public way to declare one without a value.
@@ -422,8 +564,11 @@ class Linear(tp.Module):
         if self.mode is not None and self.mode.quantizes_input:
             x = self.round_input(x, self.mode.weight)
         weight = self.rounded_weight()
-        y = to(x @ (weight if self.has_blocks else tp.transpose(weight, 0, 1)), self.dtype)
-        return y if self.bias is None else y + self.bias
+        weight = weight if self.has_blocks else tp.transpose(weight, 0, 1)
+        # As many dimensions as x has: where they are missing, nvtripy computes the shapes of both first.
+        ones = (1,) * (x.rank - 2)
+        y = to(x @ tp.reshape(weight, (*ones, self.in_features, self.out_features)), self.dtype)
+        return y if self.bias is None else y + tp.reshape(self.bias, (*ones, 1, self.out_features))
 
     def rows(self, idx: tp.Tensor) -> tp.Tensor:
         """The weight's rows at ``idx``: the layer as an embedding, (...) → (..., in_features)."""
