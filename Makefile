@@ -1,5 +1,5 @@
 # make example   answers one question with the embedded checkpoint: the answer on stdout, everything else on stderr
-# make test      runs the tests, but for the long ones: some six minutes   (PYTEST_ARGS="-k cache" narrows it down)
+# make test      runs the tests, but for the long ones: some four minutes   (PYTEST_ARGS="-k cache" narrows it down)
 # make test-all  runs all of them
 # make lint      runs ruff and mypy
 # make clean     removes what the others made
@@ -38,15 +38,15 @@ clean:
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip and the builds that it starts write to stderr, so that stdout belongs to the program.
-$(VENV)/.runtime: $(VENV)/pyvenv.cfg requirements.txt requirements-nvtripy.txt $(portable)
+$(VENV)/.runtime: $(VENV)/pyvenv.cfg requirements.txt requirements/nvtripy.txt $(portable)
 	@echo "installing the runtime's requirements in $(VENV)" >&2
 	@$(install) -r requirements.txt >&2
-	@$(install) --no-deps -r requirements-nvtripy.txt >&2
+	@$(install) --no-deps -r requirements/nvtripy.txt >&2
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.runtime requirements-test.txt requirements-evaluate.txt requirements-demo.txt
+$(VENV)/.test: $(VENV)/.runtime requirements/test.txt requirements/evaluate.txt requirements/demo.txt requirements/checkpoints.txt
 	@echo "installing the tests' requirements in $(VENV)" >&2
-	@$(install) -r requirements-test.txt >&2
+	@$(install) -r requirements/test.txt >&2
 	@touch $@
 
 # A venv whose interpreter has gone (a Python was uninstalled, the tree was moved) is as good as none.

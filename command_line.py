@@ -49,9 +49,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-type",
         metavar="NAME",
         default=EMBEDDED_CHECKPOINT,
-        help="a folder in HuggingFace's format, or a hub name such as gpt2 (default: the embedded checkpoint)",
+        help="a folder in HuggingFace's format, a .gguf or .nemo file, nanoGPT's ckpt.pt, or a hub name such as gpt2 "
+        "(default: the embedded checkpoint)",
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
+
+
+def add_engine_arguments(parser: argparse._ActionsContainer) -> None:
+    """The options that say where compiled engines are kept: engine_cache.py reads them."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--engine-dir",
+        metavar="DIR",
+        type=path,
+        help="save the compiled engine here and reopen it next time (default: ~/.cache/nanogpt-tripy/engines)",
+    )
+    group.add_argument("--no-engine-cache", action="store_true", help="compile anew, and keep no engine")
 
 
 def check_range(options: argparse.Namespace, **ranges: tuple[int, int | None]) -> None:

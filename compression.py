@@ -67,7 +67,7 @@ def table(checkpoint: Checkpoint) -> str:
     rows: list[tuple[str, ...]] = [("component", "parameters", "float32 bytes", "stored bytes", "ratio")]
     for part in [*parts, Component("files", parts[-1].parameters, files)]:
         if not part.parameters and not part.stored:
-            rows.append((part.name, "shared with the token embedding"))
+            rows.append((part.name, "shared with the token embedding" if part.name == "head" else "none"))
             continue
         ratio = "-" if part.ratio is None else f"{part.ratio:.2f}"
         rows.append((part.name, *(f"{number:,}" for number in (part.parameters, part.in_float32, part.stored)), ratio))

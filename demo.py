@@ -24,9 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import command_line
+import engine_cache
 import machine
-import quantization
 from command_line import UsageError
+from engine_cache import EngineError, EngineFolder
 from evaluation.facts import Facts, facts_of
 from evaluation.text import Tokens, encode, read_text
 from evaluation.variants import Variant, add_variants_argument, open_available, open_variants, parse_variant
@@ -37,7 +38,7 @@ from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 DEFAULT_VARIANTS = ("float16", "rtn-int4", "gptq-int4")
 PORT = 7860
-REQUIREMENTS = "requirements-demo.txt"
+REQUIREMENTS = "requirements/demo.txt"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,6 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--max-tokens", metavar="N", type=int, default=8192, help="of its start; 0: all of it (default %(default)s)"
     )
+    command_line.add_engine_arguments(parser)
     options = parser.parse_args(arguments)
     command_line.check_range(options, max_tokens=(0, None), port=(1, 65535))
     if options.max_tokens == 1:
@@ -95,27 +97,30 @@ def check_server(host: str, port: int) -> None:
         raise UsageError(f"cannot serve at {host}:{port}: {reason} (--port and --host choose another)") from None
 
 
-def prepare(variant: Variant, checkpoint: Checkpoint, tokens: Tokens) -> tuple[Model, Facts]:
+def prepare(
+    variant: Variant, checkpoint: Checkpoint, tokens: Tokens, engines: EngineFolder | None
+) -> tuple[Model, Facts]:
     """A variant, compiled and measured; the engine and the measurements are kept for the next time.
 
     Raises:
         CheckpointError: its weights or its tokenizer cannot be used.
-        UsageError: nvtripy cannot compile it, or nothing can be kept.
+        UsageError: nvtripy cannot compile it, or it cannot be kept where the user wants it.
     """
     import nvtripy as tp
 
-    from engine import EngineError, open_engine
+    from engine import open_engine
     from tokenizer import load_tokenizer
 
-    cache = quantization.default_cache().parent
     try:
-        engine = open_engine(checkpoint, variant.dtype, 1, cache / "engines")
-        facts = facts_of(variant, checkpoint, tokens, engine.executable, cache / "measured")
+        engine = open_engine(checkpoint, variant.dtype, 1, engines)
+        if engines is not None:
+            engines.save_pending()
+        facts = facts_of(variant, checkpoint, tokens, engine.executable, machine.cache_folder() / "measured")
     except EngineError as error:
         raise UsageError(str(error)) from None
     except tp.TripyException as error:
         raise UsageError(f"variant {variant.name} cannot be compiled: {str(error).strip().splitlines()[-1]}") from None
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
     return Model(variant.name, engine, tokenizer, checkpoint.config.eos_token_ids), facts
 
 
@@ -133,11 +138,12 @@ def run(options: argparse.Namespace) -> None:
     else:
         variants = open_available(DEFAULT_VARIANTS, source, {})
     tokens = encode(text, name, options.max_tokens, variants)
+    engines = engine_cache.chosen(options, lambda message: tqdm.write(f"demo.py: {message}", file=sys.stderr))
     models, facts = [], []
     with tqdm(variants, unit="variant", file=sys.stderr, leave=False) as progress:
         for variant, checkpoint in progress:
             progress.set_description(f"compiling and measuring {variant.name}")
-            model, known = prepare(variant, checkpoint, tokens[checkpoint.path])
+            model, known = prepare(variant, checkpoint, tokens[checkpoint.path], engines)
             models.append(model)
             facts.append(known)
     first = next(iter(tokens.values()))

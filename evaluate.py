@@ -33,9 +33,10 @@ import command_line
 import machine
 import picture
 import quantization
+import quantizing.settings
 from command_line import UsageError
 from evaluation import chart
-from evaluation.perplexity import bits_per_byte, nats_of, perplexity
+from evaluation.perplexity import bits_per_byte, nats_of, perplexity, ratio
 from evaluation.speed import measure_speed, run_apart
 from evaluation.table import FORMATS, Result, Settings
 from evaluation.text import Tokens, encode, read_text
@@ -45,7 +46,7 @@ from generation import LogitsError
 from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
-REQUIREMENTS = "requirements-evaluate.txt"
+REQUIREMENTS = "requirements/evaluate.txt"
 DEFAULT_VARIANTS = ("float32", "float16", *quantization.MODES)
 PROMPT_TOKENS = 32  # of the speed run, or half of the context where that is shorter
 
@@ -92,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     calibration = parser.add_argument_group("calibration of quantized variants, as in quantization.py")
     calibration.add_argument("--calib-data", metavar="FILE|DATASET")
-    calibration.add_argument("--calib-size", metavar="N", type=int, default=quantization.CALIB_SIZE)
+    calibration.add_argument("--calib-size", metavar="N", type=int, default=quantizing.settings.CALIB_SIZE)
     calibration.add_argument("--calib-length", metavar="N", type=int)
     options = parser.parse_args(arguments)
     command_line.check_range(
@@ -206,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
         result = evaluate(variant, checkpoint, own, settings)
         if np.array_equal(own.ids, compared.ids):
             first = results[0].perplexity if results else result.perplexity
-            result = replace(result, ratio=result.perplexity / first)
+            result = replace(result, ratio=ratio(result.perplexity, first))
         results.append(result)
     print(FORMATS[options.format](settings, results), flush=True)
     if options.plot is not None:

@@ -1,4 +1,4 @@
-"""The machine that a program runs on: its processor, and the memory that the process has taken."""
+"""The machine that a program runs on: its processor, its user's cache, and the memory that the process has taken."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import sys
+from pathlib import Path
 
 _EXTENSIONS = "avx2 f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16"
 _ARM_EXTENSIONS = "asimd asimdhp asimddp i8mm bf16 sve sve2"
@@ -32,6 +33,12 @@ def _cpuinfo() -> dict[str, str]:
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
     return fields
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they could make again."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return Path(os.path.expanduser(base)) / "nanogpt-tripy"
 
 
 def usable_cores() -> int:

@@ -44,9 +44,10 @@ from transformers.utils import logging as transformers_logging
 import command_line
 import compression
 import machine
-import quantization
+import quantizing.folders
+import quantizing.quiet
 from command_line import UsageError
-from modelopt_layout import DESCRIPTION_FILE
+from loading.modelopt_layout import DESCRIPTION_FILE
 from quantization import QuantizationError
 from tokenizer import describe
 from tokenizing.description import to_json, write_json
@@ -201,10 +202,10 @@ def quantization_aware() -> ModuleType:
         UsageError: it is not installed.
     """
     try:
-        with quantization.quiet():  # ModelOpt warns of every transformers that is newer than itself
+        with quantizing.quiet.quiet():  # ModelOpt warns of every transformers that is newer than itself
             return importlib.import_module("training.qat")
     except ImportError as error:
-        file = quantization.REQUIREMENTS.name
+        file = quantizing.folders.REQUIREMENTS
         raise UsageError(f"qat=True needs the packages of {file} ({error}): pip install -r {file}") from None
 
 

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "model.py",
     "engine.py",
-    "weight_loader.py",
+    "conversion.py",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "loading").rglob("*.py")),
     *(f"evaluation/{name}.py" for name in ("perplexity", "weights")),
 )
 

@@ -111,6 +111,11 @@ def perplexity(nats: np.ndarray) -> float:
         return float(np.exp(nats.mean()))
 
 
+def ratio(perplexity: float, first: float) -> float | None:
+    """Of a perplexity to the first; None where that is infinite, which says nothing about another."""
+    return perplexity / first if math.isfinite(first) else None
+
+
 def bits_per_byte(nats: np.ndarray, predicted: bytes) -> float:
     """What the predicted tokens cost, for each byte of their text: models with other tokenizers compare by it, as by
     perplexity they cannot (Gao et al. 2020, arXiv:2101.00027, section 3.1)."""

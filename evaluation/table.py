@@ -47,7 +47,7 @@ class Result:
     variant: str
     dtype: str
     perplexity: float
-    ratio: float | None  # of the perplexity to the first variant's; None where that has another tokenizer
+    ratio: float | None  # of the perplexity to the first variant's; None: another tokenizer's, or infinite
     bits_per_byte: float
     speed: Speed
     disk: WeightBytes

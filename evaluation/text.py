@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-import quantization
+import quantizing.text
 from command_line import EMBEDDED_CHECKPOINT, UsageError
 from evaluation.variants import Variant
-from quantization import QuantizationConfig, QuantizationError
+from quantization import MODES, QuantizationConfig, QuantizationError
 from weight_loader import Checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT_TEXT = EMBEDDED_CHECKPOINT / "held-out.txt"  # that the embedded checkpoint was not trained on
 
 
@@ -30,13 +31,13 @@ def read_text(data: str | None, max_tokens: int) -> tuple[str, str]:
     # Of a data set as many documents as are sure to do; what is too much is cut off as tokens.
     documents = max(32, max_tokens // 64) if max_tokens else 1 << 16
     source = QuantizationConfig(
-        mode=quantization.MODES[0], calib_data=str(HELD_OUT_TEXT) if data is None else data, calib_size=documents
+        mode=MODES[0], calib_data=str(HELD_OUT_TEXT) if data is None else data, calib_size=documents
     )
     try:
-        text, name = quantization.calibration_text(source)
+        text, name = quantizing.text.calibration_text(source)
     except QuantizationError as error:
         raise UsageError(str(error).replace(" to calibrate on", "")) from None
-    return text, HELD_OUT_TEXT.relative_to(quantization.ROOT).as_posix() if data is None else name
+    return text, HELD_OUT_TEXT.relative_to(ROOT).as_posix() if data is None else name
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,19 @@ def encode(text: str, name: str, max_tokens: int, variants: Sequence[tuple[Varia
     from tokenizer import load_tokenizer
 
     (_, first), *_ = variants
-    tokenizer = load_tokenizer(first.path, first.config.vocab_size)
+    tokenizer = load_tokenizer(first.tokenizer_source, first.config.vocab_size)
     ids = again = tokenizer.encode(text)
     if 0 < max_tokens < len(ids):
         ids = ids[:max_tokens]
         # A token may end within a character, whose beginning is left out of the text; and a word that is cut off may
         # have other tokens: ``again`` is what the same tokenizer makes of what the others are given.
-        text = tokenizer.decode_bytes(ids).decode("utf-8", "ignore")
+        text = tokenizer.decode(ids[len(tokenizer.prefix) :], "ignore")
         again = tokenizer.encode(text)
     found: dict[Path, Tokens] = {}
     for variant, checkpoint in variants:
         if checkpoint.path in found:
             continue
-        tokenizer = load_tokenizer(checkpoint.path, checkpoint.config.vocab_size)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
         own = tokenizer.encode(text)
         own = ids if own == again else own
         if len(own) < 2:

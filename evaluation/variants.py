@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import quantization
+import quantizing.settings
 from command_line import UsageError, report
 from quantization import QuantizationConfig, QuantizationError
 from weight_loader import PARAMETER_DTYPES, Checkpoint, open_checkpoint
@@ -27,7 +28,7 @@ WORDS: dict[str, tuple[str | None, dict[str, Any]]] = {
     **{
         f"{method}-int{bits}": ("quantization mode", {"method": method, "bits": bits})
         for method in ("rtn", "gptq")
-        for bits in quantization.MODE_OF_BITS
+        for bits in quantizing.settings.MODE_OF_BITS
     },
     **{f"group-{size}": ("group size", {"group_size": size}) for size in (16, 32, 48, 64, 96, 128, 192, 256)},
     "no-clipping": (None, {"clipping": False}),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_loader import Checkpoint, CheckpointConfig
+from weight_loader import Checkpoint, CheckpointConfig, parameter_shapes
 
 if TYPE_CHECKING:
     import nvtripy as tp
@@ -35,15 +36,16 @@ class WeightBytes:
 
 def _linear_layers(config: CheckpointConfig) -> dict[str, int]:
     """How many weights each linear layer of the blocks has, by HuggingFace's names, in the order of the data."""
-    embd, inner = config.n_embd, config.n_inner
-    sizes = {"attn.c_attn": 3 * embd * embd, "attn.c_proj": embd * embd, "mlp.c_fc": embd * inner}
-    sizes["mlp.c_proj"] = inner * embd
-    return {f"h.{block}.{name}": size for block in range(config.n_layer) for name, size in sizes.items()}
+    return {
+        name.removesuffix(".weight"): math.prod(shape)
+        for name, shape in parameter_shapes(config).items()
+        if name.startswith("h.") and len(shape) == 2
+    }
 
 
 def stored_weight_bytes(checkpoint: Checkpoint) -> WeightBytes:
     """The tensors in a checkpoint's files."""
-    if checkpoint.weight_files[0].suffix != ".safetensors":  # PyTorch's own files, which are never quantized
+    if checkpoint.weight_files[0].suffix == ".bin":  # PyTorch's own files, which are never quantized
         return WeightBytes(sum(path.stat().st_size for path in checkpoint.weight_files))
     tensors = checkpoint.stored_bytes()
     layers = _linear_layers(checkpoint.config)

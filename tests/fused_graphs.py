@@ -57,6 +57,47 @@ def random_weight(
     return stored, (size * random.uniform(0.5, 1.5, shape)).astype(np.float32)
 
 
+def linear_attributes(
+    weight_dtype: str,
+    width: int,
+    *,
+    gate: str | None = None,
+    input_dtype: str | None = None,
+    activation: str | None = None,
+    dtype: str = "f32",
+) -> dict[str, Any]:
+    return {
+        "weight_dtype": weight_dtype,
+        "width": width,
+        "gate": gate,
+        "input_dtype": input_dtype,
+        "activation": activation,
+        "dtype": dtype,
+    }
+
+
+def attention_attributes(
+    heads: int,
+    size: int,
+    *,
+    groups: int | None = None,
+    layer: int = 0,
+    rounding: str | None = None,
+    window: int | None = None,
+    dtype: str = "f32",
+) -> dict[str, Any]:
+    return {
+        "heads": heads,
+        "groups": groups or heads,
+        "head_size": size,
+        "scale": size**-0.5,
+        "layer": layer,
+        "rounding": rounding,
+        "window": window,
+        "dtype": dtype,
+    }
+
+
 def linear_graph(
     weight: np.ndarray,
     scale: np.ndarray | None,
@@ -69,33 +110,30 @@ def linear_graph(
     input_scale: np.ndarray | None = None,
     input_dtype: str | None = None,
     activation: str | None = None,
-    norm: tuple[np.ndarray, np.ndarray] | None = None,
+    norm: tuple[np.ndarray, ...] | None = None,
+    gate: str | None = None,
     dtype: str = "f32",
 ) -> Graph:
+    """One linear operation; ``norm`` is a layer norm's scale and bias, or an RMSNorm's scale."""
     graph = Graph()
     shape = (1, None)
-    x = start = add_input(graph, "x", dtype, (*shape, width))
+    x = start = add_input(graph, "x", dtype, (*shape, width if gate is None else 2 * width))
     operands = [constant(graph, each) for each in (weight, scale, bias)]
     residual = add_input(graph, "residual", "f32", (*shape, len(weight))) if has_residual else None
     if norm is not None:
         scales = [constant(graph, each) for each in norm]
-        x = graph.add(Operation("layer_norm", [x, *scales], {"epsilon": 1e-5, "dtype": "f32"}, [start.type])).results[0]
+        kind = "layer_norm" if len(norm) == 2 else "rms_norm"
+        x = graph.add(Operation(kind, [x, *scales], {"epsilon": 1e-5, "dtype": "f32"}, [start.type])).results[0]
     if residual is not None:
         # As in a model, a residual comes with the same rows: here through an operation that changes nothing.
-        zero = np.zeros((len(weight), width), np.float32)
+        zero = np.zeros((len(weight), start.type.shape[-1]), np.float32)
         shortcut = constant(graph, zero)
-        through = {"weight_dtype": "f32", "width": width, "input_dtype": None, "activation": None, "dtype": "f32"}
+        through = linear_attributes("f32", start.type.shape[-1])
         type = TensorType("f32", (*start.type.shape[:2], len(weight)))
         operation = Operation("linear", [start, shortcut, None, None, None, None, None], through, [type])
         graph.inputs.pop()
         residual = graph.add(operation).results[0]
-    attributes = {
-        "weight_dtype": weight_dtype,
-        "width": width,
-        "input_dtype": input_dtype,
-        "activation": activation,
-        "dtype": "f32",
-    }
+    attributes = linear_attributes(weight_dtype, width, gate=gate, input_dtype=input_dtype, activation=activation)
     type = TensorType("f32", (*start.type.shape[:2], len(weight)))
     extra = [constant(graph, pre_scale), constant(graph, input_scale)]
     graph.outputs = [graph.add(Operation("linear", [x, *operands, residual, *extra], attributes, [type])).results[0]]
@@ -104,7 +142,7 @@ def linear_graph(
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes."""
+    """A model's sizes. Llama's kind has RMSNorm, rotary positions and a gate."""
 
     layers: int = 2
     heads: int = 2
@@ -112,6 +150,13 @@ class Shape:
     context: int = 32
     vocabulary: int = 50
     batch: int = 1
+    groups: int | None = None
+    window: int | None = None
+    is_llama: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        return self.groups or self.heads
 
     @property
     def width(self) -> int:
@@ -119,7 +164,7 @@ class Shape:
 
     @property
     def cache(self) -> tuple[int, ...]:
-        return (self.layers, 2, self.batch, self.heads, self.context, self.head_size)
+        return (self.layers, 2, self.batch, self.kv_heads, self.context, self.head_size)
 
 
 def model_graph(
@@ -136,7 +181,7 @@ def model_graph(
     dtype: str = "f32",
 ) -> Graph:
     """embedding, layers, last_rows, layer_norm, head; without ``cache_dtype`` the stateless form. ``dtype`` is that of
-    activations."""
+    activations but the logits, which are float32."""
     random = np.random.default_rng(seed)
     graph = Graph()
     idx = add_input(graph, "idx", "i32", (shape.batch, None))
@@ -151,55 +196,74 @@ def model_graph(
     def floats(*sizes: int, around: float = 0.0) -> Value | None:
         return constant(graph, (around + 0.2 * random.standard_normal(sizes)).astype(np.float32))
 
-    def layer_norm(x: Value) -> Value:
-        operands = [x, floats(width, around=1.0), floats(width)]
-        return graph.add(Operation("layer_norm", operands, {"epsilon": 1e-5, "dtype": dtype}, [x.type])).results[0]
+    def norm(x: Value) -> Value:
+        operands = [x, floats(width, around=1.0)]
+        if not shape.is_llama:
+            operands.append(floats(width))
+        kind = "rms_norm" if shape.is_llama else "layer_norm"
+        return graph.add(Operation(kind, operands, {"epsilon": 1e-5, "dtype": dtype}, [x.type])).results[0]
 
-    def linear(x: Value, rows: int, residual: Value | None, act: str | None, bias: bool = True) -> Value:
+    def linear(
+        x: Value, rows: int, residual: Value | None, act: str | None, is_head: bool = False, gate: str | None = None
+    ) -> Value:
         columns = x.type.shape[-1]
         assert isinstance(columns, int)
+        columns //= 1 if gate is None else 2
         weight, scale = random_weight(random, weight_dtype, rows, columns, scales)
-        attributes = {
-            "weight_dtype": weight_dtype,
-            "width": columns,
-            "input_dtype": input_dtype,
-            "activation": act,
-            "dtype": dtype,
-        }
+        attributes = linear_attributes(
+            weight_dtype,
+            columns,
+            gate=gate,
+            input_dtype=input_dtype,
+            activation=act,
+            dtype="f32" if is_head else dtype,
+        )
         input_scale = np.array(0.05, np.float32) if input_dtype else None
-        operands = [x, constant(graph, weight), constant(graph, scale), floats(rows) if bias else None, residual, None]
+        operands = [
+            x,
+            constant(graph, weight),
+            constant(graph, scale),
+            None if is_head else floats(rows),
+            residual,
+            None,
+        ]
         operands.append(constant(graph, input_scale))
-        type = TensorType(dtype, (*x.type.shape[:-1], rows))
+        type = TensorType("f32" if is_head else dtype, (*x.type.shape[:-1], rows))
         return graph.add(Operation("linear", operands, attributes, [type])).results[0]
 
     table, table_scale = random_weight(random, tables, shape.vocabulary, width, "none")
     positions = (0.3 * random.standard_normal((shape.context, width))).astype(np.float16)
     operands = [idx, position, constant(graph, (table * np.sqrt(width)).astype(table.dtype)), table_scale]
-    operands += [constant(graph, positions), None]
     attributes = {"weight_dtype": tables, "position_dtype": "f16", "width": width, "dtype": dtype}
+    if shape.is_llama:
+        operands[1], attributes["position_dtype"] = None, None
+    operands += [None if shape.is_llama else constant(graph, positions), None]
+    half = shape.head_size // 2
+    frequencies = constant(graph, (100.0 ** (-np.arange(half) / half)).astype(np.float32)) if shape.is_llama else None
     x = graph.add(Operation("embedding", operands, attributes, [TensorType(dtype, (*leading, width))])).results[0]
     for layer in range(shape.layers):
-        qkv = linear(layer_norm(x), 3 * width, None, None)
+        qkv = linear(norm(x), width + 2 * shape.kv_heads * shape.head_size, None, None)
         by = [constant(graph, np.array(each, np.float32)) for each in (0.02, 0.03)] if rounding else [None, None]
-        attributes = {
-            "heads": shape.heads,
-            "head_size": shape.head_size,
-            "scale": shape.head_size**-0.5,
-            "layer": layer,
-            "rounding": rounding,
-            "dtype": dtype,
-        }
+        attributes = attention_attributes(
+            shape.heads,
+            shape.head_size,
+            groups=shape.kv_heads,
+            layer=layer,
+            rounding=rounding,
+            window=shape.window,
+            dtype=dtype,
+        )
         types = [x.type] + ([cache.type] if cache is not None else [])
-        results = graph.add(Operation("attention", [qkv, cache, position, *by], attributes, types)).results
+        results = graph.add(Operation("attention", [qkv, cache, position, *by, frequencies], attributes, types)).results
         if cache is not None:
             cache = results[1]
         x = linear(results[0], width, x, None)
-        inner = linear(layer_norm(x), 4 * width, None, activation)
-        x = linear(inner, width, x, None)
+        inner = linear(norm(x), 4 * width, None, None if shape.is_llama else activation)
+        x = linear(inner, width, x, None, gate="silu" if shape.is_llama else None)
     if last is not None:
         type = TensorType(dtype, (shape.batch, width))
         x = graph.add(Operation("last_rows", [x, last], {}, [type])).results[0]
-    logits = linear(layer_norm(x), shape.vocabulary, None, None, bias=False)
+    logits = linear(norm(x), shape.vocabulary, None, None, is_head=True)
     graph.outputs = [logits] if cache is None else [logits, cache]
     return graph
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -31,60 +33,12 @@ def fuzzing(mutations: int) -> settings:
 
 #: Numbers at the edges of what programs and file formats hold.
 _NUMBERS = [
-    *(
-        -1,
-        0,
-        1,
-        2,
-        3,
-        7,
-        255,
-        256,
-        257,
-        2**15,
-        2**16,
-        2**31 - 1,
-        2**31,
-        2**32,
-        2**53 + 1,
-        2**63 - 1,
-        2**63,
-        2**64,
-        10**30,
-    ),
-    *(
-        -(2**31),
-        -(2**63) - 1,
-        0.0,
-        -0.0,
-        0.5,
-        1.0,
-        1e-5,
-        1e-45,
-        1e-300,
-        1e300,
-        float("nan"),
-        float("inf"),
-        float("-inf"),
-    ),
+    *(-1, 0, 1, 2, 3, 7, 255, 256, 257, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64),
+    *(10**30, -(2**31), -(2**63) - 1, 0.0, -0.0, 0.5, 1.0, 1e-5, 1e-45, 1e-300, 1e300, math.nan, math.inf, -math.inf),
 ]
 #: Texts that are something to nobody, or to somebody.
 _TEXTS = [
-    "",
-    " ",
-    "\n",
-    "\0",
-    "true",
-    "0",
-    "-1",
-    "1e5",
-    "null",
-    "é",
-    "\ud800",
-    "\U0010ffff",
-    "a" * 300,
-    "../x",
-    "%s",
+    *("", " ", "\n", "\0", "true", "0", "-1", "1e5", "null", "\u00e9", "\ud800", "\U0010ffff", "a" * 300, "../x", "%s"),
     "{}",
 ]
 #: Depth at which recursive readers give up.
@@ -164,6 +118,32 @@ def mutated_bytes(draw: Draw, content: bytes) -> bytes:
         else:
             content = content[:begin] + (draw(st.binary(max_size=4)) if how == "put" else b"") + content[end:]
     return content
+
+
+def fuzz_json(
+    path: Path, tree: Any, words: list[Any], mutations: int, check: Callable[[], bool], at_least: int
+) -> None:
+    """Writes damaged versions of a JSON file, and has each looked at.
+
+    Args:
+        path: The file.
+        tree: What it holds when it is sound.
+        words: See `values`.
+        mutations: How many are tried.
+        check: Raises where something is wrong with the program; otherwise says whether the file was of use.
+        at_least: How many have to have been: without them nothing would have been tried.
+    """
+    useful = 0
+
+    @fuzzing(mutations)
+    @given(st.data())
+    def fuzz(data: st.DataObject) -> None:
+        nonlocal useful
+        path.write_bytes(mutated_json(data.draw, tree, words))
+        useful += check()
+
+    fuzz()
+    assert useful >= at_least
 
 
 def mutated_json(draw: Draw, tree: Any, words: list[Any]) -> bytes:

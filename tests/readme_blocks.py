@@ -1,4 +1,4 @@
-"""Finds the commands in a README that are to be run, and the output that is expected of them.
+"""Finds the commands in a document that are to be run, and the output that is expected of them.
 
 A block of commands is run when this marker stands right before it (blank lines between them do not matter)::
 
@@ -7,7 +7,15 @@ A block of commands is run when this marker stands right before it (blank lines 
     make example
     ```
 
-The output expected on stdout may follow right after the block, hidden from the rendered page::
+The output expected on stdout may follow right after the block. Either for readers to see, as it is, where an ellipsis
+stands for any text at all, over several lines too::
+
+    <!-- Tripy: STDOUT -->
+    ```text
+    The answer is 42. …
+    ```
+
+or hidden from the rendered page::
 
     <!-- Tripy: TEST: EXPECTED_STDOUT Start -->
     <!--
@@ -17,8 +25,8 @@ The output expected on stdout may follow right after the block, hidden from the 
     -->
     <!-- Tripy: TEST: EXPECTED_STDOUT End -->
 
-The lines between the fences are one regular expression (Python's ``re``, no flags) that the whole of stdout has to
-match, both without the white space at their end. Plain text stands for itself except for the characters
+The lines between those fences are one regular expression (Python's ``re``, no flags). The whole of stdout has to match,
+both without the white space at their end. Plain text stands for itself except for the characters
 ``\\ . ^ $ * + ? { } [ ] | ( )``; ``(?s:.+)`` matches any text at all, over several lines too.
 
 A block without the marker is not run. Anything half-written is an error: a marker without its block, an expectation
@@ -32,10 +40,13 @@ import re
 from dataclasses import dataclass
 
 RUN = "<!-- Tripy: TEST: RUN -->"
+SHOWN = "<!-- Tripy: STDOUT -->"
 START = "<!-- Tripy: TEST: EXPECTED_STDOUT Start -->"
 END = "<!-- Tripy: TEST: EXPECTED_STDOUT End -->"
 
-_ANY_MARKER = re.compile(r"<!--\s*Tripy:?\s*TEST", re.IGNORECASE)
+_ANY_MARKER = re.compile(r"<!--\s*Tripy\b", re.IGNORECASE)
+_ELLIPSIS = "…"
+_ANYTHING = "(?s:.+)"
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 
 
@@ -45,18 +56,24 @@ class ReadmeError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """Commands to run, and the pattern that is expected of their stdout; ``line`` is where their marker stands."""
+    """Commands to run, and what is expected of their stdout; ``line`` is where their marker stands."""
 
     line: int
     script: str
     expected: str | None = None
+    is_shown: bool = False  # the expectation is text with ellipses; else a regular expression
 
     def check(self, stdout: str) -> None:
         """Raises an ``AssertionError`` that shows both texts unless ``stdout`` is what was expected."""
-        if self.expected is not None and re.fullmatch(self.expected.rstrip(), stdout.rstrip()) is None:
+        if self.expected is None:
+            return
+        expected = self.expected.rstrip()
+        pattern = _ANYTHING.join(map(re.escape, expected.split(_ELLIPSIS))) if self.is_shown else expected
+        if re.fullmatch(pattern, stdout.rstrip()) is None:
+            kind = f"{_ELLIPSIS} is any text" if self.is_shown else "a regular expression"
             raise AssertionError(
                 f"line {self.line}: stdout does not match what the document expects.\n"
-                f"--- expected (a regular expression)\n{self.expected}\n--- stdout\n{stdout}"
+                f"--- expected ({kind})\n{expected}\n--- stdout\n{stdout}"
             )
 
 
@@ -70,12 +87,12 @@ def parse(document: str) -> list[Block]:
         if line == RUN:
             block, at = _read_block(lines, at)
             blocks.append(block)
-        elif line == START:
+        elif line in (START, SHOWN):
             raise ReadmeError(f"{at + 1}: expected output that does not follow a block marked {RUN}")
         elif line == END:
             raise ReadmeError(f"{at + 1}: an End without its Start")
         elif _ANY_MARKER.match(line):
-            raise ReadmeError(f"{at + 1}: unknown marker {line!r}; expected one of {RUN}, {START}, {END}")
+            raise ReadmeError(f"{at + 1}: unknown marker {line!r}; expected one of {RUN}, {SHOWN}, {START}, {END}")
         elif _FENCE.match(line):
             at = _closing_fence(lines, at) + 1
         else:
@@ -85,16 +102,25 @@ def parse(document: str) -> list[Block]:
 
 def _read_block(lines: list[str], marker: int) -> tuple[Block, int]:
     """The block of the RUN marker at line ``marker``, and the index of the line behind its last."""
+    script, behind = _read_fenced(lines, marker, "```bash")
+    start = _next_line(lines, behind)
+    following = lines[start].strip() if start < len(lines) else ""
+    if following == SHOWN:
+        shown, behind = _read_fenced(lines, start, "```text")
+        return Block(marker + 1, script + "\n", shown, is_shown=True), behind
+    if following == START:
+        expected, behind = _read_expected(lines, start)
+        return Block(marker + 1, script + "\n", expected), behind
+    return Block(marker + 1, script + "\n"), behind
+
+
+def _read_fenced(lines: list[str], marker: int, opening: str) -> tuple[str, int]:
+    """The text of the block that has to follow the marker at line ``marker``, and the index of the line behind it."""
     fence = _next_line(lines, marker + 1)
-    if fence == len(lines) or lines[fence].strip() != "```bash":
-        raise ReadmeError(f"{marker + 1}: the marker is not followed by a ```bash block")
+    if fence == len(lines) or lines[fence].strip() != opening:
+        raise ReadmeError(f"{marker + 1}: the marker is not followed by a {opening} block")
     closing = _closing_fence(lines, fence)
-    script = "\n".join(lines[fence + 1 : closing]) + "\n"
-    start = _next_line(lines, closing + 1)
-    if start == len(lines) or lines[start].strip() != START:
-        return Block(marker + 1, script), closing + 1
-    expected, behind = _read_expected(lines, start)
-    return Block(marker + 1, script, expected), behind
+    return "\n".join(lines[fence + 1 : closing]), closing + 1
 
 
 def _read_expected(lines: list[str], start: int) -> tuple[str, int]:

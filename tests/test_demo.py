@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 SCRIPT = "Whether 'tis nobler in the mind to suffer the slings"
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer the slings."
 
-needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed: requirements-demo.txt")
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed: requirements/demo.txt")
 
 #: demo.py, where a step of a model takes some time: tiny ones would have answered before anybody could press a button.
 SLOWED = """
@@ -211,7 +211,7 @@ def test_whatever_gradio_raises_is_a_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_gradio(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "the page needs gradio" in (told := run()) and "pip install -r requirements-demo.txt" in told
+    assert "the page needs gradio" in (told := run()) and "pip install -r requirements/demo.txt" in told
 
 
 @needs_gradio

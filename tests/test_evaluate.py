@@ -20,12 +20,11 @@ from tiny_checkpoints import overflowing_checkpoint, random_checkpoint
 from transformers import AutoModelForCausalLM
 
 import evaluate
-import quantization
+from command_line import EMBEDDED_CHECKPOINT as EMBEDDED
 from evaluation.text import HELD_OUT_TEXT, read_text
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-EMBEDDED = quantization.EMBEDDED_CHECKPOINT
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer."
 
@@ -70,7 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def matplotlib() -> Any:
-    return pytest.importorskip("matplotlib", reason="pictures need requirements-evaluate.txt")
+    return pytest.importorskip("matplotlib", reason="pictures need requirements/evaluate.txt")
 
 
 @pytest.fixture
@@ -231,7 +230,7 @@ def test_other_tokenizers_compare_by_bits_per_byte(run: Any, tiny: Path, text: P
 )
 def test_bad_input(run: Any, tiny: Path, text: Path, arguments: list[str], expected: str) -> None:
     if any(argument.startswith("--plot=nowhere") for argument in arguments):
-        pytest.importorskip("matplotlib", reason="pictures need requirements-evaluate.txt")
+        pytest.importorskip("matplotlib", reason="pictures need requirements/evaluate.txt")
     defaults = [f"--model-type={tiny}", f"--data={text}", "--variants", "float32"]
     assert expected in run(*defaults, *arguments).complaint
 
@@ -262,6 +261,7 @@ def test_a_text_from_windows_is_the_same_text(text: Path) -> None:
     ("name", "value", "expected"),
     [
         ("NVTRIPY_PORTABLE_ISA", "sse9", "expected NVTRIPY_PORTABLE_ISA to be one of "),
+        ("NVTRIPY_PORTABLE_PREFETCH", "t3", "expected NVTRIPY_PORTABLE_PREFETCH to be t0, t1 or nta, with 64 to "),
         ("NVTRIPY_PORTABLE_THREADS", "0", "expected NVTRIPY_PORTABLE_THREADS to be 1 to 1024 but got '0'"),
         ("NVTRIPY_PORTABLE_THREADS", str(1 << 40), f"1 to 1024 but got '{1 << 40}'"),
     ],
@@ -285,7 +285,7 @@ def test_picture_in_place_of_a_folder(matplotlib: Any, run: Any, tiny: Path, tmp
 def test_without_matplotlib(run: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     complaint = run(f"--model-type={tiny}", "--plot=picture.png").complaint
-    assert "--plot needs matplotlib" in complaint and "pip install -r requirements-evaluate.txt" in complaint
+    assert "--plot needs matplotlib" in complaint and "pip install -r requirements/evaluate.txt" in complaint
 
 
 def test_without_modelopt(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_without_modelopt(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("--variants", "int8-weight-only")
     last = done.err.splitlines()[-1]
     assert done.code == 2 and done.out == "" and "Traceback" not in done.err
-    assert last.startswith("evaluate.py: error: quantizing needs the packages of requirements-quant.txt")
+    assert last.startswith("evaluate.py: error: quantizing needs the packages of requirements/quant.txt")
 
 
 def test_a_data_set_needs_its_package(run: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,9 +171,10 @@ def execute(*arguments: object, **options: Any) -> Result:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def test_help_and_readme_name_the_same_options() -> None:
+def test_help_and_docs_name_the_same_options() -> None:
     """With the same defaults, as far as they are numbers or names."""
-    table = re.findall(r"^\| `(--[a-z-]+)[^`]*` \|.*\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("generation.md", "quantization.md"))
+    table = re.findall(r"^\| `(--[a-z-]+)[^`]*` \|.*\| (.*) \|$", pages, re.MULTILINE)
     done = execute("--help")
     assert (done.code, done.err) == (0, "")
     shown = done.out.decode()
@@ -183,7 +184,7 @@ def test_help_and_readme_name_the_same_options() -> None:
         name = option[2:].replace("-", "_")
         found = defaults[name] if name in defaults else not defaults[name.removeprefix("no_")]
         if found in (None, False, []) or option in ("--seed", "--model-type"):
-            assert re.fullmatch("[\\w ',;]+", default), f"README.md gives {option} the default {default!r}"
+            assert re.fullmatch("[\\w ',;]+", default), f"docs/ gives {option} the default {default!r}"
         else:
             assert str(found) == default.strip("`")
 

@@ -12,9 +12,12 @@ import pytest
 import torch
 from test_model import save_random
 
-import gptq
-from gptq import GPTQError, Grid, Hessian
-from quantization import load_torch_model
+from quantizing import gptq
+from quantizing.gptq import GPTQError, Grid, Hessian
+from quantizing.network import NETWORKS
+from quantizing.torch_model import load_torch_model
+
+LINEARS = tuple(name for group in NETWORKS["gpt2"].linears for name in group)
 
 TOLERANCE = 1.01  # of another implementation's error: sums in another order turn a few weights the other way
 
@@ -59,8 +62,8 @@ def modelopts(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, scales: t
 def llmcompressors(
     weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, scales: torch.Tensor, act_order: bool
 ) -> torch.Tensor:
-    """llm-compressor's GPTQ, the one behind vLLM's checkpoints, on our grid. See requirements-gptq-test.txt."""
-    reason = "llmcompressor is not installed (requirements-gptq-test.txt)"
+    """llm-compressor's GPTQ, the one behind vLLM's checkpoints, on our grid. See requirements/gptq-test.txt."""
+    reason = "llmcompressor is not installed (requirements/gptq-test.txt)"
     compressor = pytest.importorskip("llmcompressor.modifiers.gptq.gptq_quantize", reason=reason, exc_type=ImportError)
     quantization = importlib.import_module("compressed_tensors.quantization")
     arguments = quantization.QuantizationArgs(
@@ -285,7 +288,7 @@ def test_layers_see_what_the_quantized_ones_before_them_give(tmp_path: Path) -> 
     random = torch.Generator().manual_seed(0)
     batches = [torch.randint(160, (size, 24), generator=random) for size in (4, 4, 1)]
     layers = gptq.quantize_layers(model, Grid(3, 32), batches)
-    names = [f"h.{block}.{linear}" for block in range(2) for linear in gptq.LINEARS]
+    names = [f"h.{block}.{linear}" for block in range(2) for linear in LINEARS]
     assert [layer.name for layer in layers] == names
     partly = copy.deepcopy(floats)
     for layer in layers:
@@ -312,8 +315,6 @@ def test_layers_see_what_the_quantized_ones_before_them_give(tmp_path: Path) -> 
 def test_without_text_the_layers_are_rounded(tmp_path: Path) -> None:
     save_random(tmp_path, n_layer=1, n_head=4, n_embd=64, vocab_size=160, n_positions=24)
     model = load_torch_model(tmp_path)
-    weights = {
-        linear: model.transformer.h[0].get_submodule(linear).weight.detach().T.clone() for linear in gptq.LINEARS
-    }
+    weights = {linear: model.transformer.h[0].get_submodule(linear).weight.detach().T.clone() for linear in LINEARS}
     for layer, weight in zip(gptq.quantize_layers(model, Grid(4), None), weights.values(), strict=True):
         assert torch.equal(layer.integers, gptq.quantize(weight, None, Grid(4)).integers)

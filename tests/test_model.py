@@ -159,7 +159,7 @@ def test_scales_of_attention_scores(tmp_path: Path, by_size: bool, by_layer: boo
     gpt = load_model(open_checkpoint(tmp_path), config)
     assert relative_error(stateless_logits(gpt, idx), reference) <= TOLERANCES[dtype]
     engine = Engine(compile_model(gpt, 2), config, 2)
-    assert engine._decoder is not None or importlib.util.find_spec("nvtripy_portable._native") is None  # all is fused
+    assert engine._rows is not None or importlib.util.find_spec("nvtripy_portable._native") is None  # all is fused
     found = [engine.step(idx[:, :10], np.zeros(2, np.int32), np.full(2, 9, np.int32))]
     for position in range(10, 16):
         step = engine.step(idx[:, position : position + 1], np.full(2, position, np.int32), np.zeros(2, np.int32))

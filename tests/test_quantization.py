@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -29,6 +30,14 @@ from selection import partly_slow
 from tiny_checkpoints import CONTEXT, VOCABULARY, edit_config, random_checkpoint
 
 import quantization
+import quantizing.cache
+import quantizing.calibration
+import quantizing.export
+import quantizing.folders
+import quantizing.settings
+import quantizing.text
+import quantizing.torch_model
+from command_line import EMBEDDED_CHECKPOINT
 from quantization import QuantizationConfig, QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
@@ -40,7 +49,7 @@ TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mi
 
 @pytest.fixture
 def modelopt() -> None:
-    pytest.importorskip("modelopt.torch.quantization", reason="quantizing needs requirements-quant.txt")
+    pytest.importorskip("modelopt.torch.quantization", reason="quantizing needs requirements/quant.txt")
 
 
 def make_checkpoint(
@@ -135,7 +144,7 @@ def fp8_fake_quantize(x: np.ndarray, amax: np.ndarray) -> np.ndarray:
 
 
 def block_fake_quantize(x: np.ndarray) -> np.ndarray:
-    blocks = x.reshape(-1, quantization.BLOCK)
+    blocks = x.reshape(-1, quantizing.settings.BLOCK)
     return int_fake_quantize(blocks, np.abs(blocks).max(axis=1, keepdims=True), bits=4).reshape(x.shape)
 
 
@@ -355,9 +364,9 @@ def results(tiny: Checkpoint, text_file: Path, tmp_path_factory: pytest.TempPath
             folder = tmp_path_factory.mktemp("quantized") / "folder"
             settings = QuantizationConfig(**CASES[case], calib_data=str(text_file), calib_size=4)
             quantization.quantize_checkpoint(tiny, settings, folder)
-            model = quantization.load_torch_model(tiny.path)
+            model = quantizing.torch_model.load_torch_model(tiny.path)
             before = logits(model)
-            quantization.quantize_model(model, settings, quantization.calibration_samples(tiny, settings))
+            quantizing.calibration.quantize_model(model, settings, quantizing.text.calibration_samples(tiny, settings))
             made[case] = Result(folder, logits(model), relative_error(logits(model), before))
         return made[case]
 
@@ -488,10 +497,10 @@ def test_the_folder_is_what_modelopts_exporter_writes(
     if case == "int4-weight-only, head":
         checkpoint = make_checkpoint(tmp_path / "even", vocabulary=VOCABULARY - 1)
     settings = config(**CASES[case])
-    model = quantization.load_torch_model(checkpoint.path)
-    quantization.quantize_model(model, settings, quantization.calibration_samples(checkpoint, settings))
+    model = quantizing.torch_model.load_torch_model(checkpoint.path)
+    quantizing.calibration.quantize_model(model, settings, quantizing.text.calibration_samples(checkpoint, settings))
     export_hf_checkpoint(copy.deepcopy(model), dtype=torch.float32, export_dir=tmp_path / "theirs")
-    quantization.export(model, tmp_path / "ours", settings)
+    quantizing.export.export(model, tmp_path / "ours", settings)
     assert hashes(tmp_path / "ours") == hashes(tmp_path / "theirs")
 
 
@@ -592,7 +601,7 @@ def test_nothing_is_left_of_a_failure(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quantization, "export", lambda model, folder, config: (folder / "half").touch() or 1 / 0)
+    monkeypatch.setattr(quantizing.folders, "export", lambda model, folder, config: (folder / "half").touch() or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantization.quantize_checkpoint(tiny, config("int8-weight-only"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -650,9 +659,9 @@ def test_smoothquant_of_a_pruned_model(
                 weight[:] = 0
     chosen = config("int8-smoothquant", **settings)
     quantization.quantize_checkpoint(checkpoint, chosen, tmp_path / "out")
-    model = quantization.load_torch_model(checkpoint.path)
+    model = quantizing.torch_model.load_torch_model(checkpoint.path)
     exact = logits(model)
-    quantization.quantize_model(model, chosen, quantization.calibration_samples(checkpoint, chosen))
+    quantizing.calibration.quantize_model(model, chosen, quantizing.text.calibration_samples(checkpoint, chosen))
     if pruned == "a feature":
         assert not model.transformer.h[0].mlp.c_fc.weight[:, 5].any(), "it is pruned still"
     assert relative_error(logits(model), exact) < 3e-2
@@ -704,13 +713,29 @@ def test_a_full_disk_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that nobody can read is needed: Linux's /proc")
+def test_a_tokenizer_that_cannot_be_read_is_told_before_the_work(
+    tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny.path, folder)
+    path = folder / "special_tokens_map.json"
+    path.unlink(missing_ok=True)
+    path.symlink_to("/proc/self/mem")
+    monkeypatch.setattr(quantizing.folders, "load_torch_model", lambda path: pytest.fail("the work began"))
+    arguments = ["--model-type", str(folder), "--quant-mode", "int8-weight-only", "--output", str(tmp_path / "out")]
+    assert quantization.main(arguments) == 2
+    assert f"cannot read {path}: Input/output error" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Calibration text
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_samples_are_windows_at_even_distances(tiny: Checkpoint, config: Callable[..., QuantizationConfig]) -> None:
-    samples = quantization.calibration_samples(tiny, config("fp8", calib_size=3, calib_length=10))
+    samples = quantizing.text.calibration_samples(tiny, config("fp8", calib_size=3, calib_length=10))
     text = np.frombuffer(TEXT.encode(), np.uint8)
     last = len(text) - 10
     expected = [text[start : start + 10] for start in (0, last // 2, last)]
@@ -721,14 +746,14 @@ def test_a_text_as_short_as_a_sample_is_taken_once(
     tiny: Checkpoint, config: Callable[..., QuantizationConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "short.txt").write_text("x" * CONTEXT)
-    samples = quantization.calibration_samples(tiny, config("fp8", calib_data=str(tmp_path / "short.txt")))
+    samples = quantizing.text.calibration_samples(tiny, config("fp8", calib_data=str(tmp_path / "short.txt")))
     assert samples.shape == (1, CONTEXT)  # the default length is no more than the context
 
 
 def test_the_default_text_is_enough_for_the_defaults() -> None:
-    checkpoint = open_checkpoint(quantization.EMBEDDED_CHECKPOINT)
-    samples = quantization.calibration_samples(checkpoint, QuantizationConfig("fp8"))
-    assert samples.shape == (quantization.CALIB_SIZE, quantization.CALIB_LENGTH)
+    checkpoint = open_checkpoint(EMBEDDED_CHECKPOINT)
+    samples = quantizing.text.calibration_samples(checkpoint, QuantizationConfig("fp8"))
+    assert samples.shape == (quantizing.settings.CALIB_SIZE, quantizing.settings.CALIB_LENGTH)
 
 
 def test_the_default_text_is_of_the_training_text() -> None:
@@ -737,7 +762,7 @@ def test_the_default_text_is_of_the_training_text() -> None:
         pytest.skip(f"{shakespeare} is not there")
     text = shakespeare.read_text("utf-8")
     train, validation = text[: int(len(text) * 0.9)], text[int(len(text) * 0.9) :]
-    scenes = quantization.CALIBRATION_TEXT.read_text("utf-8").split("\n\n")
+    scenes = quantizing.text.CALIBRATION_TEXT.read_text("utf-8").split("\n\n")
     assert all(scene.strip("\n") in train for scene in scenes)
     assert sum(scene in validation for scene in scenes if len(scene) > 100) == 0
 
@@ -768,10 +793,10 @@ def test_a_hub_data_set(
     tiny: Checkpoint, config: Callable[..., QuantizationConfig], fake_datasets: types.SimpleNamespace
 ) -> None:
     settings = config("fp8", calib_data="cnn_dailymail", calib_size=2)
-    text, _ = quantization.calibration_text(settings)
+    text, _ = quantizing.text.calibration_text(settings)
     assert text == f"Article 0. {TEXT}\n\nArticle 1. {TEXT}"
     assert fake_datasets.calls == [("abisee/cnn_dailymail", "3.0.0", "train")]
-    assert quantization.calibration_samples(tiny, settings).shape == (2, CONTEXT)
+    assert quantizing.text.calibration_samples(tiny, settings).shape == (2, CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -785,7 +810,7 @@ def test_an_unusable_hub_data_set(
     config: Callable[..., QuantizationConfig], fake_datasets: types.SimpleNamespace, name: str, expected: str
 ) -> None:
     with pytest.raises(QuantizationError, match=expected):
-        quantization.calibration_text(config("fp8", calib_data=name))
+        quantizing.text.calibration_text(config("fp8", calib_data=name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -851,7 +876,7 @@ def test_other_sources_have_other_names(
         path.write_text(path.read_text() + " ")
     else:
         (tmp_path / "requirements.txt").write_text("nvidia-modelopt==0.48.0\n")
-        monkeypatch.setattr(quantization, "REQUIREMENTS", tmp_path / "requirements.txt")
+        monkeypatch.setattr(quantizing.cache, "REQUIREMENTS", tmp_path / "requirements.txt")
     assert quantization.cache_name(open_checkpoint(checkpoint.path), config("fp8")) != before
 
 
@@ -874,7 +899,7 @@ from pathlib import Path
 import quantization
 from weight_loader import open_checkpoint
 
-checkpoint = open_checkpoint(quantization.EMBEDDED_CHECKPOINT)
+checkpoint = open_checkpoint("checkpoints/shakespeare")
 config = quantization.QuantizationConfig("int4-weight-only")
 cached = Path({str(tmp_path)!r}) / quantization.cache_name(checkpoint, config)
 cached.mkdir()
@@ -978,7 +1003,7 @@ def test_a_calibration_text_from_windows_is_the_same_text(tmp_path: Path) -> Non
     texts = []
     for name, content in (("unix", b"one\ntwo\n"), ("windows", b"\xef\xbb\xbfone\r\ntwo\r\n")):
         (tmp_path / name).write_bytes(content)
-        texts.append(quantization.calibration_text(QuantizationConfig("fp8", calib_data=str(tmp_path / name)))[0])
+        texts.append(quantizing.text.calibration_text(QuantizationConfig("fp8", calib_data=str(tmp_path / name)))[0])
     assert texts == ["one\ntwo\n"] * 2
 
 
@@ -998,8 +1023,8 @@ def test_packages_that_are_not_installed(
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, missing, None)
     message = fails(capsys, "--output", tmp_path / "out", "--quant-mode", "int8-weight-only")
-    assert message.startswith("quantizing needs the packages of requirements-quant.txt (")
-    assert message.endswith("): pip install -r requirements-quant.txt")
+    assert message.startswith("quantizing needs the packages of requirements/quant.txt (")
+    assert message.endswith("): pip install -r requirements/quant.txt")
 
 
 def test_a_width_that_the_block_does_not_divide(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -1007,7 +1032,9 @@ def test_a_width_that_the_block_does_not_divide(capsys: pytest.CaptureFixture[st
     message = fails(
         capsys, "--model-type", narrow.path, "--output", tmp_path / "out", "--quant-mode", "int4-weight-only"
     )
-    assert message == "expected n_embd to be a multiple of the int4 block of 128 but got 96"
+    assert message == (
+        "expected the int4 block of 128 to divide the 96 input features of h.0.attn.c_attn: try --group-size 32"
+    )
 
 
 def test_an_output_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,11 +22,15 @@ from safetensors.torch import load_file, save_file
 from selection import partly_slow
 from test_model import relative_error, save_random, stateless_logits
 
-import modelopt_layout
-import quantization
+import quantizing.calibration
+import quantizing.export
+import quantizing.text
+import quantizing.torch_model
 import weight_loader
+from command_line import EMBEDDED_CHECKPOINT
 from engine import Engine, compile_model, config_of, load_model
-from quantization import EMBEDDED_CHECKPOINT, QuantizationConfig
+from loading import modelopt_layout
+from quantization import QuantizationConfig
 from weight_loader import Checkpoint, open_checkpoint
 
 pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
@@ -73,13 +77,13 @@ class Quantized:
 def quantize(source: Path, folder: Path, idx: np.ndarray, **settings: Any) -> Quantized:
     checkpoint = open_checkpoint(source)
     config = QuantizationConfig(**settings)
-    model = quantization.load_torch_model(source)
-    quantization.quantize_model(model, config, quantization.calibration_samples(checkpoint, config))
+    model = quantizing.torch_model.load_torch_model(source)
+    quantizing.calibration.quantize_model(model, config, quantizing.text.calibration_samples(checkpoint, config))
     with torch.no_grad():
         ids = torch.from_numpy(idx.astype(np.int64))
         logits = model(ids, use_cache=False).logits.numpy()
         in_float64 = copy.deepcopy(model).double()(ids, use_cache=False).logits.numpy()
-    quantization.export(model, folder, config)
+    quantizing.export.export(model, folder, config)
     return Quantized(folder, idx, logits, relative_error(logits, in_float64))
 
 
@@ -170,8 +174,13 @@ class MutilatedCheckpoint(Checkpoint):
 
     mistake = ""
 
-    def _quantized_layer(self, layer: str, *arguments: Any) -> Iterator[tuple[str, np.ndarray]]:
-        tensors = dict(super()._quantized_layer(layer, *arguments))
+    def parameters(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+        tensors = dict(super().parameters(dtype))
+        for layer in [name.removesuffix(".pre_quant_scale") for name in tensors if name.endswith("pre_quant_scale")]:
+            self.spoil(layer, tensors)
+        yield from tensors.items()
+
+    def spoil(self, layer: str, tensors: dict[str, np.ndarray]) -> None:
         if self.mistake == "no pre_quant_scale":
             tensors[f"{layer}.pre_quant_scale"][:] = 1
         if self.mistake == "blocks along the outputs":
@@ -183,7 +192,6 @@ class MutilatedCheckpoint(Checkpoint):
             tensors[f"{layer}.weight"] = np.ascontiguousarray(numbers * swapped, weight.dtype)
             blocks = np.abs(tensors[f"{layer}.weight"]).reshape(-1, block, weight.shape[1])
             tensors[f"{layer}.weight_scale"] = (blocks.max(axis=1) / 7).astype(scale.dtype)
-        yield from tensors.items()
 
 
 @pytest.mark.parametrize(

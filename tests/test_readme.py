@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,17 +11,50 @@ import time
 from pathlib import Path
 
 import pytest
-from readme_blocks import END, RUN, START, Block, ReadmeError, parse
+from readme_blocks import END, RUN, SHOWN, START, Block, ReadmeError, parse
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*DOCUMENTS, *sorted(ROOT.glob("[!.]*/**/README.md"))]
+#: Programs that an earlier block of the same page writes.
+WRITTEN = {"gated.py"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_are_well_formed(document: Path) -> None:
     assert parse(document.read_text()) or document.name != "README.md", "README.md marks no command to be run"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        page = (document.parent / path).resolve() if path else document
+        assert page.exists(), f"{document.name} links to {target}, which is not there"
+        assert not anchor or anchor in _anchors(page), f"{document.name} links to {target}, a heading that is not there"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_name_files_that_exist(document: Path) -> None:
+    """Those of blocks that are not run, too: programs, settings and requirements."""
+    for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        made = set(re.findall(r"> ([\w./]+\.py)", block))
+        named = set(re.findall(r"(?:python|-r|torchrun \S+|train\.py) ([\w./-]+\.(?:py|txt))", block)) - made
+        absent = [name for name in sorted(named) if not (ROOT / name).is_file() and name not in WRITTEN]
+        assert not absent, f"{document.name} names {', '.join(absent)}, which is not there"
 
 
 @pytest.fixture
@@ -75,15 +109,28 @@ def test_commands(document: Path, checkout: Path) -> None:
 # The parser and the comparison themselves
 
 
-def _document(expected: str | None = None, *, run: bool = True, script: str = "echo 42") -> str:
+def _document(
+    expected: str | None = None, *, shown: str | None = None, run: bool = True, script: str = "echo 42"
+) -> str:
     text = f"# Title\n\n{RUN if run else ''}\n```bash\n{script}\n```\n"
     if expected is not None:
         text += f"\n{START}\n<!--\n```\n{expected}\n```\n-->\n{END}\n"
+    if shown is not None:
+        text += f"{SHOWN}\n```text\n{shown}\n```\n"
     return text + "\nText.\n"
 
 
 def test_a_marked_block_is_found() -> None:
     assert parse(_document()) == [Block(3, "echo 42\n")]
+
+
+def test_shown_output_belongs_to_the_block_before_it() -> None:
+    document = _document(shown="first …") + _document() + _document("a")
+    assert [(block.expected, block.is_shown) for block in parse(document)] == [
+        ("first …", True),
+        (None, False),
+        ("a", False),
+    ]
 
 
 def test_a_block_without_a_marker_is_not_run() -> None:
@@ -134,6 +181,37 @@ def test_other_output_fails(expected: str, stdout: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("shown", "stdout"),
+    [
+        ("The answer is 42.", "The answer is 42.\n\n"),
+        ("…", "any\ntext\n"),
+        ("one … three\nfour\n…", "one two three\nfour\nfive\nsix\n"),
+        ("[1.0, …]", "[1.0, 2.0]"),
+    ],
+)
+def test_matching_shown_output_passes(shown: str, stdout: str) -> None:
+    (block,) = parse(_document(shown=shown))
+    block.check(stdout)
+
+
+@pytest.mark.parametrize(
+    ("shown", "stdout"),
+    [
+        ("42", "43"),
+        ("4.", "42"),
+        ("…", "\n"),
+        ("one …", "one\n"),
+        ("one\n…", "two\nthree"),
+        ("one … three", "one two"),
+    ],
+)
+def test_other_shown_output_fails(shown: str, stdout: str) -> None:
+    (block,) = parse(_document(shown=shown))
+    with pytest.raises(AssertionError, match="does not match"):
+        block.check(stdout)
+
+
+@pytest.mark.parametrize(
     ("document", "message"),
     [
         (_document("42", run=False), r"^8: expected output that does not follow"),
@@ -146,6 +224,10 @@ def test_other_output_fails(expected: str, stdout: str) -> None:
         (f"Text.\n{END}\n", "^2: an End without its Start"),
         (_document("42").replace(START, f"Text between.\n{START}"), "does not follow a block"),
         (_document().replace("RUN", "RUNS"), "unknown marker"),
+        (_document(shown="42").replace("STDOUT", "OUT"), "unknown marker"),
+        (_document(shown="42", run=False), r"^7: expected output that does not follow"),
+        (_document(shown="42").replace("```text", "```"), "not followed by a ```text block"),
+        (_document(shown="42") + f"{SHOWN}\n```text\n42\n```\n", "does not follow a block"),
         (_document("(42"), "not a regular expression"),
         (f"{RUN}\n```bash\necho\n```\n{START}\n```\n42\n```\n{END}", "not followed by a line '<!--'"),
     ],

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from train_runs import FILES, VOCAB, make_text, tiny_config
 
-torch = pytest.importorskip("torch", reason="training needs requirements-train.txt")
-transformers = pytest.importorskip("transformers", reason="training needs requirements-train.txt")
+torch = pytest.importorskip("torch", reason="training needs requirements/train.txt")
+transformers = pytest.importorskip("transformers", reason="training needs requirements/train.txt")
 
 import train  # noqa: E402
 from training import corpus  # noqa: E402

@@ -24,8 +24,11 @@ from test_quantization import TEXT, dequantize, make_checkpoint, read_tensors
 
 import evaluate
 import example
-import gptq
 import quantization
+import quantizing.calibration
+import quantizing.settings
+import quantizing.text
+import quantizing.torch_model
 from command_line import EMBEDDED_CHECKPOINT
 from engine import Engine, compile_model, config_of, load_model
 from evaluation.perplexity import nats_of, perplexity
@@ -33,8 +36,12 @@ from evaluation.variants import parse_variant
 from nvtripy_portable import interpreter
 from nvtripy_portable.plan import Plan
 from quantization import QuantizationConfig
+from quantizing import gptq
+from quantizing.network import NETWORKS
 from tokenizer import load_tokenizer
 from weight_loader import CheckpointError, open_checkpoint
+
+LINEARS = tuple(name for group in NETWORKS["gpt2"].linears for name in group)
 
 native = pytest.importorskip("nvtripy_portable._native", reason="the native executor is not built")
 TOLERANCE = 5e-3
@@ -75,8 +82,8 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Rounded
             folder = base / f"case{len(made)}"
             quantization.quantize_checkpoint(checkpoint, config, folder)
             assert config.bits is not None
-            samples = torch.from_numpy(quantization.calibration_samples(checkpoint, config))
-            model = quantization.load_torch_model(checkpoint.path)
+            samples = torch.from_numpy(quantizing.text.calibration_samples(checkpoint, config))
+            model = quantizing.torch_model.load_torch_model(checkpoint.path)
             grid = gptq.Grid(config.bits, config.group_size, config.clipping)
             layers = gptq.quantize_layers(model, grid, [samples] if config.method == "gptq" else None)
             made[case] = Rounded(folder, layers)
@@ -128,7 +135,7 @@ def torch_logits(folder: Path, idx: np.ndarray) -> np.ndarray:
     for name in list(model.state_dict()):
         own = name.removeprefix("transformer.").replace("lm_head.", "wte.")
         weight = dequantize(tensors, own.removesuffix(".weight")) if own.endswith(".weight") else tensors[own]
-        rows = model.state_dict()[name].T if any(f"{each}.weight" in name for each in gptq.LINEARS) else None
+        rows = model.state_dict()[name].T if any(f"{each}.weight" in name for each in LINEARS) else None
         value = weight.T if rows is not None else weight[: len(model.state_dict()[name])]
         model.state_dict()[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
     with torch.no_grad():
@@ -196,8 +203,8 @@ def test_odd_numbers_of_output_features(tmp_path: Path, shape: dict[str, Any], s
     tensors = read_tensors(tmp_path / "folder")
     assert tensors["h.1.mlp.c_fc.bias"].shape == (shape["inner"],)
     assert tensors["h.1.mlp.c_fc.weight"].shape == ((shape["inner"] + 1) // 2, shape["width"])
-    model = quantization.load_torch_model(checkpoint.path)
-    quantization.quantize_model(model, config, quantization.calibration_samples(checkpoint, config))
+    model = quantizing.torch_model.load_torch_model(checkpoint.path)
+    quantizing.calibration.quantize_model(model, config, quantizing.text.calibration_samples(checkpoint, config))
     idx = np.random.default_rng(1).integers(0, 256, (1, 40)).astype(np.int32)
     with torch.no_grad():
         expected = model(torch.from_numpy(idx.astype(np.int64)), use_cache=False).logits.numpy()
@@ -251,7 +258,7 @@ def test_gptq_in_int8_costs_nothing(of_embedded: Callable[..., float]) -> None:
 
 def test_settings_follow_from_each_other() -> None:
     for method in ("rtn", "gptq"):
-        for bits, mode in quantization.MODE_OF_BITS.items():
+        for bits, mode in quantizing.settings.MODE_OF_BITS.items():
             assert QuantizationConfig(method=method, bits=bits).mode == mode
         assert QuantizationConfig("int4-weight-only", method=method).bits == 4
         assert QuantizationConfig("int8-weight-only", method=method) == QuantizationConfig(method=method, bits=8)
@@ -274,12 +281,19 @@ def test_settings_follow_from_each_other() -> None:
             "expected int4-weight-only with 4 bits by rtn but got int8-weight-only",
         ),
         (["--quant-mode", "int4-weight-only", "--bits", "4"], "expected --bits with --method rtn or gptq only"),
-        (["--quant-mode", "fp8", "--group-size", "64"], "expected --group-size with --method rtn or gptq only"),
+        (["--quant-mode", "fp8", "--group-size", "64"], "expected --group-size with int4-weight-only, or --method rtn"),
         (["--quant-mode", "fp8", "--no-clipping"], "expected --no-clipping with --method rtn or gptq only"),
         (["--method", "rtn", "--bits", "4", "--no-act-order"], "expected --no-act-order with --method gptq only"),
         (["--method", "rtn", "--bits", "4", "--damping", "0.1"], "expected --damping with --method gptq only"),
-        (["--method", "gptq", "--bits", "4", "--damping", "0"], "expected --damping to be a positive number but got 0"),
+        (
+            ["--method", "gptq", "--bits", "4", "--damping", "0"],
+            "expected --damping to be a positive number of at most 1e+06 but got 0",
+        ),
         (["--method", "gptq", "--bits", "4", "--damping", "nan"], "expected --damping to be a positive number"),
+        (
+            ["--method", "gptq", "--bits", "4", "--damping", "1e300"],
+            "at most 1e+06 but got 1e+300",
+        ),
         (["--method", "rtn", "--bits", "4", "--group-size", "0"], "expected --group-size to be at least 1 but got 0"),
         (["--method", "rtn", "--bits", "8", "--group-size", "64"], "expected --group-size with 4 or 3 bits"),
         (

@@ -27,7 +27,7 @@ Tensors = dict[str, np.ndarray]
 def stored(folder: Path) -> Tensors:
     """Also of float8, of which the library's NumPy side knows the name alone."""
     checkpoint = open_checkpoint(folder)
-    return {stored_name: file.read(stored_name) for file, stored_name in checkpoint._sources.values()}
+    return {name: checkpoint._tensors.read(name) for name in checkpoint._tensors.tensors}
 
 
 def edit(folder: Path, change: Callable[[Tensors], None], kv_cache: str | None = None) -> Path:

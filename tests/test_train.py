@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="training needs requirements-train.txt")
-transformers = pytest.importorskip("transformers", reason="training needs requirements-train.txt")
-tokenizers = pytest.importorskip("tokenizers", reason="training needs requirements-train.txt")
+torch = pytest.importorskip("torch", reason="training needs requirements/train.txt")
+transformers = pytest.importorskip("transformers", reason="training needs requirements/train.txt")
+tokenizers = pytest.importorskip("tokenizers", reason="training needs requirements/train.txt")
 
 from train_runs import FILES, VOCAB, make_text, tiny_config  # noqa: E402
 

@@ -14,7 +14,7 @@ from train_runs import make_text, tiny_config
 pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
 
 import train
-from modelopt_layout import DESCRIPTION_FILE
+from loading.modelopt_layout import DESCRIPTION_FILE
 from training import corpus, qat
 from training.batches import load_dataset
 from training.state import load_state
@@ -148,5 +148,5 @@ def test_without_modelopt(
     monkeypatch.delitem(sys.modules, "training.qat")
     monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
     message = fails(tiny_config(dataset, tmp_path, qat=True), capsys)
-    assert message.startswith("train.py: error: qat=True needs the packages of requirements-quant.txt (")
-    assert message.endswith("): pip install -r requirements-quant.txt\n")
+    assert message.startswith("train.py: error: qat=True needs the packages of requirements/quant.txt (")
+    assert message.endswith("): pip install -r requirements/quant.txt\n")

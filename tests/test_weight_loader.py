@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 import weight_loader
+from loading import fingerprint
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint, parameter_shapes
 
 TINY: dict[str, Any] = {"vocab_size": 61, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 12}
@@ -297,6 +298,9 @@ def test_config(tmp_path: Path) -> None:
         **{"quant_mode": None, "quant_lm_head": False, "quant_embedding": False, "quant_position_embedding": False},
         **{"per_channel": True, "per_token": False, "kv_cache_dtype": None},
         **{"block_size": 128, "pre_quant_scale": True},
+        **{"n_kv_head": None, "head_dim": None, "gated_mlp": False, "norm": "layer", "norm_bias": True},
+        **{"attention_bias": True, "mlp_bias": True, "position_embedding": "learned", "window": None},
+        **{"rotary_base": 10000.0, "rotary_fraction": 1.0, "rotary_interpolation": 1.0},
     }
     (tmp_path / "generation_config.json").unlink()
     edit_config(tmp_path, eos_token_id=50256)
@@ -360,17 +364,22 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"n_inner": "4x"}, "n_inner to be an integer"),
     ({"n_head": 5}, "n_embd (12) is not a multiple of n_head (5)"),
     ({"hidden_size": 24}, "n_embd and its synonym hidden_size contradict each other: 12 and 24"),
-    ({"activation_function": "mish"}, 'gelu_new, gelu_pytorch_tanh, gelu, relu, silu, swish, got "mish"'),
+    (
+        {"activation_function": "mish"},
+        "gelu_new, gelu_pytorch_tanh, gelu_fast, gelu, relu, relu2, silu, swish, got",
+    ),
     ({"activation_function": ["gelu"]}, "activation_function"),
     ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon"),
     ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
     ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ({"eos_token_id": "</s>"}, "eos_token_id"),
-    ({"model_type": "llama"}, "expected model_type 'gpt2', got \"llama\""),
+    ({"model_type": "bloom"}, "expected model_type to be one of 'gpt2', 'gpt_bigcode', "),
+    ({"model_type": "llama"}, "expected architectures to be LlamaForCausalLM or LlamaModel, got"),
+    ({"model_type": ["gpt2"]}, "expected model_type to be one of"),
     ({"model_type": "gptj", "architectures": ["GPTJForCausalLM"]}, '"gptj"'),
     ({"model_type": None, "architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
-    ({"model_type": None, "architectures": None}, "expected model_type 'gpt2', got null"),
+    ({"model_type": None, "architectures": None}, "'granite', got null"),
     ({"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification"),
     ({"architectures": "GPT2LMHeadModel"}, "architectures"),
     ({"scale_attn_weights": 0}, "scale_attn_weights to be true or false, got 0"),
@@ -539,7 +548,20 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["./gone", "../gone", "/gone/away", "a/b/c", "~/gone", "gone/", "", "a\\b", "./" + "x" * 5000]
+    "name",
+    [
+        "./gone",
+        "../gone",
+        "/gone/away",
+        "a/b/c",
+        "~/gone",
+        "gone/",
+        "",
+        "a\\b",
+        "./" + "x" * 5000,
+        "gone.gguf",
+        "gone/it.nemo",
+    ],
 )
 def test_paths_are_not_looked_for_at_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -560,7 +582,7 @@ def test_unknown_bare_name() -> None:
 
 
 def test_file_instead_of_folder(folder: Path) -> None:
-    assert "but it is not a folder" in refusal(folder / "config.json")
+    assert "expected a checkpoint folder, or a file of the kind .gguf" in refusal(folder / "config.json")
 
 
 def test_folder_with_a_hub_name_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,8 +617,8 @@ def test_fingerprint(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_fingerprint_of_a_large_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_loader, "_FULLY_HASHED", 1000)
-    monkeypatch.setattr(weight_loader, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(fingerprint, "_FULLY_HASHED", 1000)
+    monkeypatch.setattr(fingerprint, "_SAMPLE_BYTES", 64)
     path = folder / "model.safetensors"
     checkpoint = open_checkpoint(folder)
     original = checkpoint.fingerprint()

@@ -33,7 +33,7 @@ class TrainConfig:
     bias: bool = True  # False: the biases of linear layers and LayerNorms are zero and stay so
     dropout: float = 0.0  # of the embeddings and the residual branches
     attn_dropout: float = 0.0  # of the attention's weights; torch's fast attention on a CPU has none
-    qat: bool = False  # quantization-aware: compute with weights in int8, and save them so (requirements-quant.txt)
+    qat: bool = False  # quantization-aware: compute with weights in int8, and save them so (requirements/quant.txt)
     # Data; each process of torchrun takes a batch of its own in each of the accumulated steps
     batch_size: int = 8  # windows of block_size tokens
     gradient_accumulation_steps: int = 1  # batches to a step of the optimizer

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from text_file import decode_text, read_text
 from tokenizer import GPT2_VOCAB_SIZE, Tokenizer, UnknownCharacterError, build, describe
 from tokenizing.description import END_OF_TEXT, Description, from_json, to_json, write_json
 from tokenizing.files import has_files
+from training.folders import written_together
 from weight_loader import CheckpointError, find_tokenizer, read_json
 
 TOKENIZERS = ("char", "bpe")
@@ -257,34 +256,10 @@ def prepare(text: str, output_dir: Path, kind: str, vocab_size: int = 0, has_tes
         raise UsageError(str(error)) from None
     # Before anything is written: an alphabet may lack a character.
     encoded = {name: encode(tokenizer, part, name) for name, part in parts.items()}
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {output_dir}: {error.strerror}") from None
-    for name, ids in encoded.items():
-        write_atomically(output_dir / f"{name}.bin", ids.tobytes())
-        meta |= {f"{name}_chars": len(parts[name]), f"{name}_tokens": len(ids)}
-    content = write_json(to_json(description), indent=2)
-    write_atomically(output_dir / "tokenizer.json", content.encode("utf-8"))
-    write_atomically(output_dir / "meta.json", (json.dumps(meta, indent=2) + "\n").encode("utf-8"))
+    with written_together(output_dir, last=".json") as partial:
+        for name, ids in encoded.items():
+            (partial / f"{name}.bin").write_bytes(ids.tobytes())
+            meta |= {f"{name}_chars": len(parts[name]), f"{name}_tokens": len(ids)}
+        (partial / "tokenizer.json").write_text(write_json(to_json(description), indent=2), encoding="utf-8")
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and rename, so that no reader ever sees half a file.
-
-    Raises:
-        UsageError: the disk is full, or the folder cannot be written to.
-    """
-    handle, partial = -1, ""
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)  # mkstemp makes it for its owner alone
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        if partial:
-            Path(partial).unlink(missing_ok=True)

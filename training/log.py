@@ -16,7 +16,7 @@ from command_line import UsageError
 from training.config import TrainConfig
 
 PLOT_FILE = "loss.png"
-REQUIREMENTS = "requirements-train.txt"
+REQUIREMENTS = "requirements/train.txt"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import quantization
+import quantizing.export
+import quantizing.quiet
 from quantization import QuantizationConfig, QuantizationError
 from weight_loader import open_checkpoint
 
@@ -60,7 +61,7 @@ def prepare(model: GPT2LMHeadModel) -> None:
     """
     if is_prepared(model) or getattr(model.config, "quantization_config", None):
         raise QuantizationError("expected a model that is not quantized yet but it is")
-    with quantization.quiet():
+    with quantizing.quiet.quiet():
         mtq.quantize(model, copy.deepcopy(_QUANTIZERS))
 
 
@@ -93,7 +94,7 @@ def export(model: GPT2LMHeadModel, folder: Path) -> None:
         quantizer = getattr(module, "weight_quantizer", None)
         if quantizer is not None and quantizer.is_enabled:
             _settle(name, module.weight, quantizer)
-    quantization.export(spent, folder, FULL_INT8)
+    quantizing.export.export(spent, folder, FULL_INT8)
 
 
 @torch.no_grad()

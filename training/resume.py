@@ -6,9 +6,10 @@ compare its tensors with a model and an optimizer that are built by then. What i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +27,22 @@ class _Damage(Exception):
     """What is wrong, in a few words."""
 
 
+@contextlib.contextmanager
+def _told_of(path: object) -> Iterator[None]:
+    """Makes a line of what is wrong with the file."""
+    try:
+        yield
+    except _Damage as damage:
+        raise UsageError(f"cannot resume: {path} is damaged ({damage})") from None
+
+
 def check_values(state: Mapping[str, Any], path: object) -> None:
     """Looks at everything but the numbers in tensors.
 
     Raises:
         UsageError: something has another type or shape than `train.Run.state` gives it, or cannot be.
     """
-    try:
+    with _told_of(path):
         _expect(_is_count(state["step"]), "step")
         _expect(_is_number(state["best"], finite=False), "best")
         config = state["config"]
@@ -56,8 +66,6 @@ def check_values(state: Mapping[str, Any], path: object) -> None:
             _expect(isinstance(states, dict) and "cpu" in states, "random")
             for value in states.values():
                 _expect(_is_plain_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1, "random")
-    except _Damage as damage:
-        raise UsageError(f"cannot resume: {path} is damaged ({damage})") from None
 
 
 def check_weights(state: Mapping[str, Any], model: nn.Module, path: object) -> None:
@@ -66,10 +74,8 @@ def check_weights(state: Mapping[str, Any], model: nn.Module, path: object) -> N
     Raises:
         UsageError: one is missing or too many, has another type or shape, or does not hold finite numbers.
     """
-    try:
+    with _told_of(path):
         _check_like(state["model"], model.state_dict(), "model")
-    except _Damage as damage:
-        raise UsageError(f"cannot resume: {path} is damaged ({damage})") from None
 
 
 def check_training(
@@ -80,13 +86,11 @@ def check_training(
     Raises:
         UsageError: as `check_weights`.
     """
-    try:
+    with _told_of(path):
         if averaged is not None and state["averaged"] is not None:
             _check_like(state["averaged"], averaged.state_dict(), "averaged")
             _expect(int(state["averaged"]["n_averaged"]) >= 0, "averaged.n_averaged")
         _check_optimizer(state["optimizer"], optimizer)
-    except _Damage as damage:
-        raise UsageError(f"cannot resume: {path} is damaged ({damage})") from None
 
 
 def _expect(condition: bool, what: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel
 
 from command_line import UsageError
-from modelopt_layout import DESCRIPTION_FILE
+from loading.modelopt_layout import DESCRIPTION_FILE
 from tokenizing.description import Description, to_json, write_json
+from training.folders import written_together
 
 STATE_FILE = "ckpt.pt"
 #: What ckpt.pt holds; train.Run.state says what each is.
@@ -28,26 +27,17 @@ KEYS = {
 
 @contextlib.contextmanager
 def _written_together(folder: Path) -> Iterator[Path]:
-    """Give a folder to write files to, which then move to `folder`: whole, or not at all; weights come last."""
-    partial = folder / ".partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-        partial.mkdir(parents=True)
-        yield partial
+    """`written_together`, with what the libraries that write models raise instead of an OSError; weights come last."""
+    with written_together(folder, last=".safetensors") as partial:
+        try:
+            yield partial
+        except Exception as error:
+            # Of safetensors, tokenizers and torch, each has its own for a disk that is full, and nothing narrower.
+            if not isinstance(error, SafetensorError) and "os error" not in str(error):
+                raise
+            raise OSError(str(error)) from None
         if not (partial / DESCRIPTION_FILE).exists() and (partial / "config.json").exists():
             (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a quantized model that was here before
-        for file in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            file.chmod(0o644)  # safetensors writes for its owner alone
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
-    except Exception as error:
-        # Of safetensors, tokenizers and torch, each has its own for a disk that is full, and nothing narrower.
-        if not isinstance(error, SafetensorError) and "os error" not in str(error):
-            raise
-        raise UsageError(f"cannot write to {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_model(

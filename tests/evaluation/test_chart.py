@@ -16,7 +16,7 @@ from evaluation.chart import Point
 
 @pytest.fixture
 def matplotlib() -> Any:
-    return pytest.importorskip("matplotlib", reason="pictures need requirements-chart.txt")
+    return pytest.importorskip("matplotlib", reason="pictures need requirements/evaluate.txt")
 
 
 @pytest.mark.parametrize("name", ["picture.png", "picture.SVG"])

@@ -87,6 +87,8 @@ def test_nats_of_extreme_logits() -> None:
     logits = np.array([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0], [0.0, 0.0, 0.0]], np.float32)
     assert perplexity._cross_entropy(logits, np.array([1, 1, 2])).tolist() == [2e4, 0.0, np.log(3.0)]
     assert perplexity.perplexity(np.array([800.0])) == np.inf
+    assert perplexity.ratio(3.0, 2.0) == 1.5 and perplexity.ratio(np.inf, 2.0) == np.inf
+    assert perplexity.ratio(np.inf, np.inf) is None and perplexity.ratio(2.0, np.inf) is None
 
 
 def test_docstrings() -> None:

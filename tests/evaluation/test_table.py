@@ -29,7 +29,7 @@ def test_text_is_aligned() -> None:
         "16.00",
         "50",
     ]
-    assert table[3].split()[1:] == ["inf", "nan", "2.0000", "100.0", "10.0", "1.00", "16.00", "-", "-", "50"]
+    assert table[3].split()[1:] == ["inf", "inf", "2.0000", "100.0", "10.0", "1.00", "16.00", "-", "-", "50"]
 
 
 def test_markdown_is_a_table() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mutations import fuzzing, mutated_bytes, mutated_tree
 from train_runs import VOCAB, make_text, tiny_config
 
-torch = pytest.importorskip("torch", reason="training needs requirements-train.txt")
-pytest.importorskip("transformers", reason="training needs requirements-train.txt")
+torch = pytest.importorskip("torch", reason="training needs requirements/train.txt")
+pytest.importorskip("transformers", reason="training needs requirements/train.txt")
 
 import train  # noqa: E402
 from command_line import UsageError  # noqa: E402
@@ -23,41 +23,21 @@ from training.state import KEYS, STATE_FILE  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+_WORDS = """
+state param_groups params exp_avg exp_avg_sq lr betas weight_decay fused rng epoch_began bit_generator Philox buffer
+buffer_pos counter key has_uint32 uinteger cpu cuda n_layer n_head n_embd n_positions vocab_size init_from block_size
+qat scale n_averaged transformer.wte.weight transformer.h.0.attn.c_attn.bias module.lm_head.weight gelu_new
+"""
 WORDS = [
     *KEYS,
-    *(
-        "state",
-        "param_groups",
-        "params",
-        "exp_avg",
-        "exp_avg_sq",
-        "lr",
-        "betas",
-        "weight_decay",
-        "fused",
-        "rng",
-        "epoch_began",
-    ),
-    *("bit_generator", "Philox", "buffer", "buffer_pos", "counter", "key", "has_uint32", "uinteger", "cpu", "cuda"),
-    *(
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "n_positions",
-        "vocab_size",
-        "init_from",
-        "block_size",
-        "qat",
-        "scale",
-        "n_averaged",
-    ),
-    *("transformer.wte.weight", "transformer.h.0.attn.c_attn.bias", "module.lm_head.weight", "gelu_new"),
-    *(torch.zeros(2), torch.full((32,), float("nan")), torch.ones(3, 3, dtype=torch.int8), torch.tensor(1e300)),
-    *(
-        torch.zeros(0, dtype=torch.uint8),
-        torch.zeros(5056, dtype=torch.uint8),
-        torch.zeros((320, 32), dtype=torch.float16),
-    ),
+    *_WORDS.split(),
+    torch.zeros(2),
+    torch.full((32,), float("nan")),
+    torch.ones(3, 3, dtype=torch.int8),
+    torch.tensor(1e300),
+    torch.zeros(0, dtype=torch.uint8),
+    torch.zeros(5056, dtype=torch.uint8),
+    torch.zeros((320, 32), dtype=torch.float16),
 ]
 
 

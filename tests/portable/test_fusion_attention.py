@@ -57,8 +57,14 @@ OTHER_MASKS: dict[str, Callable[[Any], tp.Tensor]] = {
     "slot < t": lambda n: row(n) < column(n),
     "slot >= t": lambda n: row(n) >= column(n),
     "slot <= t + 1": lambda n: row(n) <= column(n) + 1,
-    "a window": lambda n: ~((row(n) > column(n)) | (row(n) < column(n) - 1)),
-    "the diagonal": lambda n: row(n) == column(n),
+    "a band": lambda n: ~((row(n) > column(n) + 1) | (row(n) < column(n) - 1)),
+    "a window of nothing": lambda n: ~((row(n) > column(n)) | (row(n) <= column(n))),
+    "every second": lambda n: ~((row(n) > column(n)) | (row(n) * 2 < column(n))),
+}
+WINDOWS: dict[str, tuple[Callable[[Any], tp.Tensor], int]] = {
+    "two": (lambda n: ~((row(n) > column(n)) | (row(n) < column(n) - 1)), 2),
+    "three": (lambda n: ~(~(row(n) <= column(n)) | ~(column(n) - row(n) < 3)), 3),
+    "the diagonal": (lambda n: row(n) == column(n), 1),
 }
 
 
@@ -72,7 +78,7 @@ def test_causal_masks(name: str, length: Any) -> None:
     fused, plain = both(stateless(MASKS[name]), tp.InputInfo((B, length, 3 * E), dtype=tp.float32))
     assert [each.kind for each in operations(fused)] == ["attention"], fused
     attention = only(fused, "attention")
-    assert attention.operands[1:] == [None] * 4
+    assert attention.operands[1:] == [None] * 5
     assert attention.attributes["scale"] == 0.5 and attention.attributes["heads"] == H
     assert_close(fused, plain, [random(B, 3 if length == TOKENS else length, 3 * E)])
 
@@ -85,6 +91,16 @@ def test_other_masks(name: str, length: Any) -> None:
     with np.errstate(all="ignore"):  # a token that sees nothing
         for found, expected in zip(run(fused, [random(B, 3, 3 * E)]), run(plain, [random(B, 3, 3 * E)]), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [TOKENS, 4])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows(name: str, length: Any) -> None:
+    mask, window = WINDOWS[name]
+    fused, plain = both(stateless(mask), tp.InputInfo((B, length, 3 * E), dtype=tp.float32))
+    assert [each.kind for each in operations(fused)] == ["attention"], fused
+    assert only(fused, "attention").attributes["window"] == window
+    assert_close(fused, plain, [random(B, 4, 3 * E)])
 
 
 CAUSAL = MASKS["slot <= t"]
@@ -156,6 +172,79 @@ def test_variants(name: str) -> None:
     assert_close(fused, plain, [random(B, 3, 3 * E)])
 
 
+# --- heads that share keys, and heads that turn -----------------------------------------------------------------------
+
+Q, G = 4, 2  # heads, and groups of them
+WIDTH = (Q + 2 * G) * D
+Spread = Callable[[tp.Tensor], tp.Tensor]
+
+
+def beside(x: tp.Tensor) -> tp.Tensor:
+    """(B, G, T, D) as (B, G, 1, T, D)."""
+    return tp.unsqueeze(x, 2)
+
+
+def grouped(turn: Spread | None = None, order: list[int] | None = None, keys: Spread = beside) -> Callable[..., Any]:
+    """Heads ``order``, behind each other by twos, meet the keys of a group."""
+
+    def program(x: tp.Tensor) -> tp.Tensor:
+        length = x.shape[1]
+        heads = tp.reshape(x, (B, length, Q + 2 * G, D))
+        qk = tp.gather(heads, 2, tp.Tensor([*range(Q + G)]))
+        qk = qk if turn is None else turn(qk)
+        q = tp.permute(tp.gather(qk, 2, tp.Tensor(order or [*range(Q)])), (0, 2, 1, 3))
+        k = tp.permute(tp.gather(qk, 2, tp.Tensor([*range(Q, Q + G)])), (0, 2, 1, 3))
+        v = tp.permute(tp.gather(heads, 2, tp.Tensor([*range(Q + G, Q + 2 * G)])), (0, 2, 1, 3))
+        scores = (tp.reshape(q, (B, G, Q // G, length, D)) * 0.5) @ tp.transpose(keys(k), 3, 4)
+        visible = tp.unsqueeze(CAUSAL(length), 1)
+        y = tp.softmax(tp.where(visible, scores, -math.inf), dim=4) @ beside(v)
+        return tp.reshape(tp.permute(y, (0, 3, 1, 2, 4)), (B, length, Q * D))
+
+    return program
+
+
+def turned(
+    half: int = 2, partners: tuple[int, ...] = (2, 3, 0, 1), signs: tuple[float, ...] = (-1, -1, 1, 1), shift: int = 0
+) -> Spread:
+    def turn(x: tp.Tensor) -> tp.Tensor:
+        steps = [0.5**i for i in range(half)]
+        steps = [*steps, *steps, *[0.0] * (D - 2 * half)]
+        positions = tp.reshape(tp.iota((x.shape[1],), dtype=tp.int32), (1, -1, 1, 1)) + shift
+        angles = tp.cast(positions, tp.float32) * tp.reshape(tp.Tensor(steps), (1, 1, 1, D))
+        by = tp.reshape(tp.Tensor([float(each) for each in signs]), (1, 1, 1, D))
+        return x * tp.cos(angles) + tp.gather(x, 3, tp.Tensor([*partners])) * (tp.sin(angles) * by)
+
+    return turn
+
+
+GROUPED: dict[str, tuple[Callable[..., Any], bool]] = {
+    "heads behind each other": (grouped(), True),
+    "heads by turns": (grouped(order=[0, 2, 1, 3]), False),
+    "groups swapped": (grouped(keys=lambda k: beside(tp.gather(k, 1, tp.Tensor([1, 0])))), False),
+    "turned": (grouped(turned()), True),
+    "turned in part": (grouped(turned(1, (1, 0, 2, 3), (-1, 1, 0, 0))), True),
+    "turned the other way": (grouped(turned(signs=(1, 1, -1, -1))), False),
+    "turned in neighbouring pairs": (grouped(turned(partners=(1, 0, 3, 2), signs=(-1, 1, -1, 1))), False),
+    "turned from another position": (grouped(turned(shift=1)), False),
+    "keys turned twice": (
+        grouped(turned(), keys=lambda k: beside(tp.permute(turned()(tp.permute(k, (0, 2, 1, 3))), (0, 2, 1, 3)))),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_and_turns(name: str) -> None:
+    program, is_fused = GROUPED[name]
+    fused, plain = both(program, tp.InputInfo((B, TOKENS, WIDTH), dtype=tp.float32))
+    assert ([each.kind for each in operations(fused)] == ["attention"]) == is_fused, fused
+    if is_fused:
+        attention = only(fused, "attention")
+        assert (attention.attributes["heads"], attention.attributes["groups"]) == (Q, G)
+        assert (attention.operands[5] is not None) == name.startswith("turned")
+    assert_close(fused, plain, [random(B, 4, WIDTH)])
+
+
 @pytest.mark.parametrize("name", ["t", "c", "b"])
 @pytest.mark.slow
 def test_dimensions_may_have_any_name(name: str) -> None:
@@ -164,7 +253,7 @@ def test_dimensions_may_have_any_name(name: str) -> None:
     fused, plain = both(stateless(CAUSAL), *infos)
     assert kinds(fused)["attention"] == 1
     assert_close(fused, plain, [random(B, 3, 3 * E)])
-    fused, _ = both(stateless(OTHER_MASKS["the diagonal"]), *infos)
+    fused, _ = both(stateless(OTHER_MASKS["a band"]), *infos)
     assert "attention" not in kinds(fused)
 
 

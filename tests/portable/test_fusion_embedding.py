@@ -85,8 +85,17 @@ def test_embeddings(name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_sums_of_rows(name: str) -> None:
     fused, plain = both(OTHERS[name], IDX_INFO, START_INFO)
-    assert "embedding" not in kinds(fused)
+    assert all(each.attributes["position_dtype"] is None for each in operations(fused) if each.kind == "embedding")
     assert_close(fused, plain, [IDX, START])
+
+
+@pytest.mark.parametrize("table", [lambda: TABLE, quantized], ids=["float", "quantized"])
+def test_tokens_alone(table: Callable[[], tp.Tensor]) -> None:
+    """Where nothing of positions is added."""
+    fused, plain = both(lambda idx: rows(table(), idx), IDX_INFO)
+    assert [each.kind for each in operations(fused)] == ["embedding"], fused
+    assert only(fused, "embedding").operands[1] is None
+    assert_close(fused, plain, [IDX])
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
@@ -156,6 +165,46 @@ def test_a_norm_that_is_wanted_in_both_types_is_computed_once() -> None:
     fused, plain = both(lambda x: (layer(x), tp.cast(layer(x), tp.float16)), X_INFO)
     assert kinds(fused)["layer_norm"] == kinds(fused)["cast"] == 1
     assert_close(fused, plain, [random(B, 3, E)], 2**-10)
+
+
+def rms(x: tp.Tensor) -> tp.Tensor:
+    wide = tp.cast(x, tp.float32)
+    size = tp.rsqrt(tp.mean(wide * wide, dim=-1, keepdim=True) + 1e-5)
+    return tp.cast(wide * size * tp.reshape(tensor(E, seed=4), (1, 1, E)), x.dtype)
+
+
+RMS_NORMS: dict[str, tuple[Callable[[tp.Tensor], tp.Tensor], bool]] = {
+    "by the reciprocal root": (rms, True),
+    "by division": (
+        lambda x: x / tp.sqrt(tp.mean(x * x, dim=-1, keepdim=True) + 1e-3) * tp.reshape(tensor(E, seed=4), (1, 1, E)),
+        True,
+    ),
+    "in float16": (lambda x: rms(tp.cast(x, tp.float16)), True),
+    "of the sum": (
+        lambda x: x / tp.sqrt(tp.sum(x * x, dim=-1, keepdim=True) + 1e-3) * tp.reshape(tensor(E, seed=4), (1, 1, E)),
+        False,
+    ),
+    "over tokens": (
+        lambda x: x / tp.sqrt(tp.mean(x * x, dim=1, keepdim=True) + 1e-3) * tp.reshape(tensor(E, seed=4), (1, 1, E)),
+        False,
+    ),
+    "of another value": (
+        lambda x: x / tp.sqrt(tp.mean((x + 1.0) * x, dim=-1, keepdim=True) + 1e-3) * tp.reshape(tensor(E), (1, 1, E)),
+        False,
+    ),
+    "a scale for each token": (
+        lambda x: x / tp.sqrt(tp.mean(x * x, dim=-1, keepdim=True) + 1e-3) * tp.reshape(tensor(B), (B, 1, 1)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RMS_NORMS)
+def test_rms_norms(name: str) -> None:
+    program, is_fused = RMS_NORMS[name]
+    fused, plain = both(program, X_INFO)
+    assert ("rms_norm" in kinds(fused)) == is_fused, fused
+    assert_close(fused, plain, [random(B, 3, E) + 0.1], 1e-5 if name != "in float16" else 2**-10)
 
 
 def test_other_norms_are_left_alone() -> None:

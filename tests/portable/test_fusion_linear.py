@@ -44,11 +44,17 @@ def gelu_tanh_otherwise(x: tp.Tensor) -> tp.Tensor:
     return 0.5 * ((1.0 + tp.tanh(inner)) * x)
 
 
+def squared_relu(x: tp.Tensor) -> tp.Tensor:
+    positive = tp.relu(x)
+    return positive * positive
+
+
 ACTIVATIONS = {
     "gelu_tanh": gelu_tanh,
     "gelu_tanh, otherwise": gelu_tanh_otherwise,
     "gelu_erf": tp.gelu,
     "relu": tp.relu,
+    "relu2": squared_relu,
     "silu": tp.silu,
 }
 
@@ -61,6 +67,33 @@ def test_everything_after_the_product(name: str) -> None:
     linear = only(graph, "linear")
     assert linear.attributes["activation"] == name.partition(",")[0]
     assert operand(linear, "bias") is not None and operand(linear, "residual") is graph.inputs[0].value
+
+
+def halves(x: tp.Tensor) -> tuple[tp.Tensor, tp.Tensor]:
+    pair = tp.reshape(x, (2, x.shape[1], 2, K))
+    return tuple(tp.gather(pair, 2, tp.Tensor(half)) for half in range(2))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gates_before_the_product(name: str) -> None:
+    weight, by = tensor(K, N), tensor(K, seed=3)
+
+    def gated(x: tp.Tensor) -> tp.Tensor:
+        first, second = halves(x)
+        return ACTIVATIONS[name](first) * second
+
+    info, inputs = tp.InputInfo((2, (1, 3, 5), 2 * K), dtype=tp.float32), [random(2, 3, 2 * K)]
+    graph = fused(lambda x: (gated(x) * by) @ weight, info, inputs=inputs)
+    assert [each.kind for each in operations(graph)] == ["linear"]
+    assert only(graph, "linear").attributes["gate"] == name.partition(",")[0]
+    assert operand(only(graph, "linear"), "pre_scale") is not None
+    # The other half, or the same half twice, is another function.
+    for program in (
+        lambda x: (ACTIVATIONS[name](halves(x)[1]) * halves(x)[0]) @ weight,
+        lambda x: (ACTIVATIONS[name](halves(x)[0]) * halves(x)[0]) @ weight,
+        lambda x: (ACTIVATIONS[name](halves(x)[0]) + halves(x)[1]) @ weight,
+    ):
+        assert only(fused(program, info, inputs=inputs), "linear").attributes["gate"] is None
 
 
 def by_token(x: tp.Tensor, top: float = 127.0, least: float = 1e-6, dim: int = -1) -> tp.Tensor:

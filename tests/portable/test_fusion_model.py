@@ -1,4 +1,4 @@
-"""The whole model: after the passes, the five fused operations and nothing else, with the same results."""
+"""The whole model: after the passes, fused operations and nothing else, with the same results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def kinds_in_order(graph: Graph) -> list[str]:
 
 
 def expected(config: GPTConfig, *, has_last: bool) -> list[str]:
-    return ["embedding", *BLOCK * config.n_layer, *["last_rows"] * has_last, "layer_norm", "linear"]
+    kinds = ["embedding", *BLOCK * config.n_layer, *["last_rows"] * has_last, "layer_norm", "linear"]
+    return [config.norm + "_norm" if kind == "layer_norm" and config.norm == "rms" else kind for kind in kinds]
 
 
 FULL_INT8: dict[str, Any] = {
@@ -74,6 +75,44 @@ FULL_INT8: dict[str, Any] = {
     "quant_lm_head": True,
     "quant_embedding": True,
     "quant_position_embedding": True,
+}
+#: What GPT-2's relatives have: key-value heads, rotary positions, windows, norms, gates, biases.
+LLAMA: dict[str, Any] = {
+    "n_head": 4,
+    "n_kv_head": 2,
+    "position_embedding": "rotary",
+    "norm": "rms",
+    "gated_mlp": True,
+    "activation_function": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+STARCODER2: dict[str, Any] = {
+    "n_head": 4,
+    "n_kv_head": 2,
+    "position_embedding": "rotary",
+    "rotary_base": 1e5,
+    "window": 3,
+    "activation_function": "gelu_pytorch_tanh",
+}
+GPT_NEXT: dict[str, Any] = {
+    "position_embedding": "rotary",
+    "rotary_fraction": 0.5,
+    "rotary_interpolation": 2.0,
+    "norm": "layer1p",
+    "gated_mlp": True,
+    "activation_function": "silu",
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+MULTI_QUERY: dict[str, Any] = {"n_head": 4, "n_kv_head": 1}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "starcoder2": STARCODER2,
+    "gpt-next": GPT_NEXT,
+    "gpt-next, relu2": GPT_NEXT | {"gated_mlp": False, "activation_function": "relu2", "norm_bias": False},
+    "multi-query": MULTI_QUERY,
+    "wider heads": LLAMA | {"n_kv_head": 1, "head_dim": 48, "window": 20, "rotary_fraction": 0.25},
 }
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -124,7 +163,7 @@ def tolerance(config: GPTConfig) -> float:
     [*VARIANTS, *(pytest.param(options, marks=pytest.mark.slow) for options in MORE_VARIANTS)],
     ids=lambda options: "-".join(map(str, options.values())) or "float32",
 )
-def test_every_variant_becomes_five_kinds_of_operations(options: dict[str, Any]) -> None:
+def test_every_variant_becomes_fused_operations(options: dict[str, Any]) -> None:
     config = GPTConfig(**ARCHITECTURE | {"dtype": "float32"} | options)
     gpt = random_model(config)
     fused, plain = cached(gpt)
@@ -138,6 +177,28 @@ def test_every_variant_becomes_five_kinds_of_operations(options: dict[str, Any])
     fused, plain = stateless(gpt)
     assert kinds_in_order(fused) == expected(config, has_last=False), fused
     assert_close(fused, plain, [prompts(config, 5)], tolerance(config))
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, marks=() if number < 1 else pytest.mark.slow)
+        for number, options in enumerate(
+            (
+                {},
+                {"dtype": "float16", "kv_cache_dtype": "int8"},
+                {"quant_mode": "int4-weight-only", "quant_lm_head": True, "block_size": 32, "dtype": "float16"},
+                {"quant_mode": "fp8", "kv_cache_dtype": "fp8"},
+                {"quant_mode": "int8-smoothquant", "per_token": True, "dtype": "bfloat16"},
+                {"quant_mode": "int8-weight-only", "quant_lm_head": True, "quant_embedding": True},
+            )
+        )
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "float32",
+)
+def test_relatives(relative: str, options: dict[str, Any]) -> None:
+    test_every_variant_becomes_fused_operations(RELATIVES[relative] | options)
 
 
 def check_generation(config: GPTConfig, fused: Graph, plain: Graph) -> None:

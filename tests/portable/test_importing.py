@@ -113,6 +113,16 @@ def test_importing_the_distribution_is_cheap_and_can_be_repeated() -> None:
         print({"numpy", "ml_dtypes", "nvtripy", "mlir_tensorrt"} & {name.partition(".")[0] for name in sys.modules})
     """
     assert run(code) == ["True", "set()"]
+    # -S: what the other packages' .pth files import is not ours; -I: nor what lies in the current folder.
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import nvtripy_portable
+        dear = {"importlib.abc", "importlib.util", "collections", "contextlib", "functools", "re", "tempfile", "typing"}
+        print(dear & set(sys.modules))
+    """
+    alone = python("-IS", "-c", textwrap.dedent(code), PORTABLE)
+    assert (alone.stdout, alone.stderr) == ("set()\n", "")
 
 
 # --- tensorrt ---------------------------------------------------------------------------------------------------------

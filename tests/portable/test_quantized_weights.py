@@ -200,6 +200,7 @@ def linear(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, dtype: str) -> 
         *(x, weight, scale, None, None, None, None),
         weight_dtype="i8",
         width=10,
+        gate=None,
         input_dtype=None,
         activation=None,
         dtype=np.dtype(dtype),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
-import os
 import random
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-tokenizers = pytest.importorskip("tokenizers", reason="preparing data needs requirements-train.txt")
+tokenizers = pytest.importorskip("tokenizers", reason="preparing data needs requirements/train.txt")
 
 from command_line import UsageError  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -263,21 +262,15 @@ def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "required: --input" in run("custom", [], capsys)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
-def test_an_interrupted_write_leaves_the_old_file(
-    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "train.bin"
-    target.write_bytes(b"old")
-
-    def die(source: str, destination: Path) -> None:
-        assert Path(source).read_bytes() == b"new"
-        raise failure
-
-    monkeypatch.setattr(corpus.os, "replace", die)
-    with pytest.raises(UsageError if isinstance(failure, OSError) else KeyboardInterrupt) as raised:
-        corpus.write_atomically(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
-    if isinstance(failure, OSError):
-        assert str(raised.value) == f"cannot write {target}: No space left on device"
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even the folder: a dataset of which a part is there looks like one."""
+    (tmp_path / "text.txt").write_text(make_text(20_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # enough for val.bin, too little for train.bin
+    try:
+        arguments = ["--input", str(tmp_path / "text.txt"), "--output-dir", str(tmp_path / "made" / "data")]
+        error = run("custom", arguments, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write to {tmp_path / 'made' / 'data'}: File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-transformers = pytest.importorskip("transformers", reason="training needs requirements-train.txt")
-tokenizers = pytest.importorskip("tokenizers", reason="training needs requirements-train.txt")
-pytest.importorskip("torch", reason="training needs requirements-train.txt")
+transformers = pytest.importorskip("transformers", reason="training needs requirements/train.txt")
+tokenizers = pytest.importorskip("tokenizers", reason="training needs requirements/train.txt")
+pytest.importorskip("torch", reason="training needs requirements/train.txt")
 
 from tokenizers import AddedToken, processors  # noqa: E402
 
@@ -183,7 +183,7 @@ START = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=
         ({"post_processor": json.loads(START.__getstate__())}, {}),
         ({"normalizer": {"type": "NFC"}}, {}),
         ({"added_tokens": [{"content": 3}]}, {}),
-        ({}, {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}),
+        ({}, {"tokenizer_config": {"tokenizer_class": "GemmaTokenizer"}}),
         ({}, {"tokenizer_config": {"split_special_tokens": True}}),
         ({}, {"config": {"model_type": "gpt2", "vocab_size": 299}}),
     ],
@@ -203,6 +203,17 @@ def test_what_example_refuses_prepare_refuses(
         f"prepare.py: error: --tokenizer is char, bpe or a checkpoint, but {folder} cannot be used: {error.value}"
     )
     assert refusal(folder, tmp_path, capsys) == f"{expected}\n"
+
+
+def test_a_relatives_tokenizer_is_not_for_training(
+    checkpoint: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """example.py runs it; a dataset keeps byte-level BPE as GPT-2 has it, or an alphabet."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    steps = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]}
+    folder = checkpoint({"pre_tokenizer": steps})
+    assert load_tokenizer(folder, 300).encode("12")
+    assert "pre_tokenizer.type='Sequence' is not supported, only 'ByteLevel'" in refusal(folder, tmp_path, capsys)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
