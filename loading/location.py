@@ -30,7 +30,7 @@ def locate(model_type: str | os.PathLike[str], revision: str | None, with_weight
             raise CheckpointError(f"a revision ({revision!r}) was given, but {str(folder)!r} is here, not at the hub")
         return folder
     if isinstance(model_type, os.PathLike) or _looks_like_a_path(name):
-        raise CheckpointError(f"expected a checkpoint folder at {name!r}, or a file, but there is no such folder")
+        raise CheckpointError(f"expected a checkpoint folder or file at {name!r}, but nothing is there")
     if name not in HUB_REPOSITORIES and "/" not in name:
         known = ", ".join(HUB_REPOSITORIES)
         raise CheckpointError(

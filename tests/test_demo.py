@@ -147,7 +147,7 @@ def test_bad_options(run: Any, arguments: list[str], expected: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--variants", "./nowhere"], "expected a checkpoint folder at 'nowhere'"),
+        (["--variants", "./nowhere"], "expected a checkpoint folder or file at 'nowhere'"),
         (["--host=192.0.2.1"], "cannot serve at 192.0.2.1:"),
         ([f"--host={'a' * 300}"], "no such name (--port and --host choose another)"),
         (["--host=nobody.invalid"], "cannot serve at nobody.invalid:"),

@@ -758,15 +758,15 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     "prompt file empty": (lambda p: p.prompts(b""), "expected a prompt on each line of .*/file but the file is empty"),
     "prompt file with an empty line": (lambda p: p.prompts(b"a\n\nb\n"), "got an empty one on line 2 of .*/file"),
     "model unknown": (lambda p: [*PROMPT, "--model-type=gpt5"], "no model 'gpt5': .*gpt2, gpt2-medium"),
-    "model name empty": (lambda p: [*PROMPT, "--model-type="], "expected a checkpoint folder at ''"),
-    "model folder missing": (lambda p: [*PROMPT, "--model-type=./none"], "'./none', but there is no such folder"),
-    "model folder of nobody": (lambda p: [*PROMPT, "--model-type=~nobody-there/m"], "but there is no such folder"),
-    "model name too long": (lambda p: [*PROMPT, f"--model-type=./{'x' * 5000}"], "no such folder|File name too long"),
-    "model a file": (lambda p: [*PROMPT, "--model-type", p.file(b"x")], "but it is not a folder"),
+    "model name empty": (lambda p: [*PROMPT, "--model-type="], "expected a checkpoint folder or file at ''"),
+    "model folder missing": (lambda p: [*PROMPT, "--model-type=./none"], "'./none', but nothing is there"),
+    "model folder of nobody": (lambda p: [*PROMPT, "--model-type=~nobody-there/m"], "but nothing is there"),
+    "model name too long": (lambda p: [*PROMPT, f"--model-type=./{'x' * 5000}"], "nothing is there|File name too long"),
+    "model a file": (lambda p: [*PROMPT, "--model-type", p.file(b"x")], "or a file of the kind .gguf, .nemo, .pt, got"),
     "model folder empty": (lambda p: [*PROMPT, "--model-type", p.folder], "is not a checkpoint: it has no config.json"),
     "revision with a folder": (
         lambda p: [*PROMPT, "--revision=main"],
-        "revision .'main'. was given, but .* is a folder",
+        "revision .'main'. was given, but .* is here, not at the hub",
     ),
     "hub not reachable": (
         lambda p: [*PROMPT, "--model-type=gpt2"],
@@ -811,8 +811,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     ),
     "config nested": (lambda p: p.checkpoint(overwrite("config.json", b"[" * 10**5)), "config.json is not valid JSON"),
     "another architecture": (
-        lambda p: p.checkpoint(config(model_type="llama", architectures=["LlamaForCausalLM"])),
-        "expected model_type 'gpt2', got \"llama\"",
+        lambda p: p.checkpoint(config(model_type="bert", architectures=["BertForMaskedLM"])),
+        "expected model_type to be one of .*'gpt2'.*, got \"bert\"",
     ),
     "tokenizer missing": (
         lambda p: p.checkpoint(remove("tokenizer.json")),

@@ -320,7 +320,7 @@ def test_a_checkpoint_is_finetuned_on_another_text(trained: Path, tmp_path: Path
     [
         (
             {"init_from": "/no/such/folder"},
-            "expected a checkpoint folder at '/no/such/folder', but there is no such folder",
+            "expected a checkpoint folder or file at '/no/such/folder', but nothing is there",
         ),
         ({"block_size": 64}, "has a context of 32, but block_size=64"),
         ({"bias": False}, "bias=False, but the checkpoint has biases that are not zero"),
