@@ -32,7 +32,7 @@ from tokenizing.description import (
     raw_tokens,
     shown,
 )
-from tokenizing.pipelines import SPACE, Pipeline
+from tokenizing.pipelines import SPACE, Pipeline, piece_decoder
 from tokenizing.sources import BytePairFiles
 from weight_loader import CheckpointError, read_json
 
@@ -231,19 +231,12 @@ class Files:
         has_prefix = True if prefix is None else boolean(self._source, settings, "add_prefix_space", None)
         is_legacy = bool(settings.get("legacy"))
         scheme = "never" if not has_prefix else "always" if is_legacy else "first"
-        steps: list[dict[str, Any]] = [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ]
-        if has_prefix:
-            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         return {
             "version": "1.0",
             "normalizer": None,
             "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
             "post_processor": raw.get("post_processor"),
-            "decoder": {"type": "Sequence", "decoders": steps},
+            "decoder": piece_decoder(has_prefix),
             "model": {
                 **{"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": True, "byte_fallback": True},
                 **{"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False},

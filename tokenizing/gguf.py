@@ -21,7 +21,7 @@ from typing import Any
 
 from tokenizing.added_tokens import AddedToken
 from tokenizing.description import Description, parse_merges, parse_vocabulary, shown
-from tokenizing.pipelines import SPACE, Pipeline
+from tokenizing.pipelines import SPACE, Pipeline, piece_decoder
 from tokenizing.sources import GgufTokenizer
 from weight_loader import CheckpointError
 
@@ -113,13 +113,6 @@ class _Metadata:
             )
         has_space = self._flag("add_space_prefix", True)
         spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        decoders: list[dict[str, Any]] = [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-        ]
-        if has_space:
-            decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         content = {
             "version": "1.0",
             "normalizer": {
@@ -128,7 +121,7 @@ class _Metadata:
             },
             "pre_tokenizer": None,
             "post_processor": self._around(has_begin=True),
-            "decoder": {"type": "Sequence", "decoders": decoders},
+            "decoder": piece_decoder(has_space),
             "model": {
                 **_bpe(vocabulary, self._implied_merges(scores)),
                 **{"unk_token": self._token("unknown"), "fuse_unk": True, "byte_fallback": _BYTE in self._types},

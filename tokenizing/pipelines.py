@@ -46,6 +46,13 @@ class Pipeline:
     eos_token: str | None = None
 
 
+def piece_decoder(has_leading_space: bool) -> dict[str, Any]:
+    """The decoder, in tokenizer.json's words, of SentencePiece's pieces, the first of which may begin with a space."""
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_leading_space else []
+    replace = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    return {"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
+
+
 class PipelineTokenizer:
     """A `Tokenizer` on the package `tokenizers`.
 

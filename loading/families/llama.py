@@ -15,7 +15,7 @@ import numpy as np
 from loading import settings
 from loading.config import CheckpointConfig
 from loading.families import gguf_settings
-from loading.families.rotary import rotary, window
+from loading.families.rotary import rotary_heads, window
 from loading.settings import Settings
 from loading.table import From, Layout
 
@@ -92,11 +92,7 @@ def _read_config(given: Settings, kind: str) -> CheckpointConfig:
     n_positions = given.integer("max_position_embeddings", default=defaults["context"], limit=settings.CONTEXT)
     has_groups = "num_key_value_heads" in given.values
     n_kv_head = given.optional_integer("num_key_value_heads", limit=n_head) if has_groups else defaults["heads_of_keys"]
-    head_dim = given.optional_integer("head_dim", limit=settings.WIDTH)
-    if head_dim is None:
-        given.divided("hidden_size", n_embd, "num_attention_heads", n_head)
-    given.divided("num_attention_heads", n_head, "num_key_value_heads", n_kv_head or n_head)
-    rope = rotary(given, head_dim or n_embd // n_head)
+    head_dim, rope = rotary_heads(given, n_embd, n_head, n_kv_head or n_head)
     return CheckpointConfig(
         vocab_size=given.integer("vocab_size", default=32000, limit=settings.VOCABULARY),
         n_positions=n_positions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loading import settings
 from loading.errors import shown
 from loading.settings import Settings
 
@@ -14,6 +15,19 @@ class Rotary:
 
     base: float
     interpolation: float
+
+
+def rotary_heads(given: Settings, n_embd: int, n_head: int, n_kv_head: int) -> tuple[int | None, Rotary]:
+    """The size of a head where it is not the width's share, and the positions' settings.
+
+    Raises:
+        CheckpointError: as :func:`rotary`, or heads that do not divide the width or share keys evenly.
+    """
+    head_dim = given.optional_integer("head_dim", limit=settings.WIDTH)
+    if head_dim is None:
+        given.divided("hidden_size", n_embd, "num_attention_heads", n_head)
+    given.divided("num_attention_heads", n_head, "num_key_value_heads", n_kv_head)
+    return head_dim, rotary(given, head_dim or n_embd // n_head)
 
 
 def rotary(given: Settings, head_size: int, default_base: float = 10000.0) -> Rotary:

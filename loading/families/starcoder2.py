@@ -7,7 +7,7 @@ from dataclasses import replace
 from loading import settings
 from loading.config import CheckpointConfig
 from loading.families import gguf_settings, llama
-from loading.families.rotary import rotary, window
+from loading.families.rotary import rotary_heads, window
 from loading.settings import Settings
 from loading.table import From, Layout
 
@@ -34,12 +34,8 @@ def from_huggingface(given: Settings) -> tuple[CheckpointConfig, Layout]:
     n_embd = given.integer("hidden_size", default=3072, limit=settings.WIDTH)
     n_head = given.integer("num_attention_heads", default=24, limit=settings.HEADS)
     n_kv_head = given.integer("num_key_value_heads", default=2, limit=n_head)
-    head_dim = given.optional_integer("head_dim", limit=settings.WIDTH)
     n_positions = given.integer("max_position_embeddings", default=4096, limit=settings.CONTEXT)
-    if head_dim is None:
-        given.divided("hidden_size", n_embd, "num_attention_heads", n_head)
-    given.divided("num_attention_heads", n_head, "num_key_value_heads", n_kv_head)
-    rope = rotary(given, head_dim or n_embd // n_head)
+    head_dim, rope = rotary_heads(given, n_embd, n_head, n_kv_head)
     has_bias = given.switch("use_bias", True)
     return (
         CheckpointConfig(

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opened import our_logits, refusal
 from random_models import logits_of, random_model
 from test_model import relative_error, stateless_logits
 
 from engine import config_of, load_model
 from tokenizing.sources import GgufTokenizer
-from weight_loader import CheckpointError, open_checkpoint
+from weight_loader import open_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: requirements/checkpoints.txt")
 from gguf_files import round_weights, tensors_of, write_gguf  # noqa: E402
@@ -30,25 +31,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def our_logits(path: Path) -> np.ndarray:
-    checkpoint = open_checkpoint(path)
-    return stateless_logits(load_model(checkpoint, config_of(checkpoint, "float32")), IDX)
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as error:
-        for _ in open_checkpoint(path).parameters("float32"):
-            pass
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", SIZES)
 def test_families(tmp_path: Path, family: str, tied: bool) -> None:
     model = random_model(family, tie_word_embeddings=tied, **SIZES[family])
     path = write_gguf(tmp_path / "model.gguf", model)
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
     assert open_checkpoint(tmp_path).config == open_checkpoint(path).config  # a folder with one such file
     assert open_checkpoint(path).config.eos_token_ids == (1,)
 
@@ -58,7 +46,7 @@ def test_types(tmp_path: Path, kind: str) -> None:
     model = random_model("llama", **SIZES["llama"])
     path = write_gguf(tmp_path / "model.gguf", model, kind)
     round_weights(model, kind)
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
     checkpoint = open_checkpoint(path)
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     assert checkpoint.stored_bytes()["h.0.attn.c_proj.weight"] == 32 * 32 * size[1] // size[0]
@@ -106,13 +94,13 @@ def test_linear_scaling_and_heads_of_another_size(tmp_path: Path) -> None:
     changes: dict[str, Any] = {f"llama.attention.{which}_length": 6 for which in ("key", "value")}
     changes |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.rope.dimension_count": 6}
     path = write_gguf(tmp_path / "model.gguf", model, **changes)
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
 
 
 def test_window(tmp_path: Path) -> None:
     model = random_model("starcoder2", sliding_window=5)
     path = write_gguf(tmp_path / "model.gguf", model, **{"starcoder2.attention.sliding_window": 5})
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
 
 
 def test_the_tokenizer_is_the_files_own(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from opened import our_logits, refusal
 from random_models import logits_of, random_model
-from test_model import relative_error, stateless_logits
+from test_model import relative_error
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from engine import config_of, load_model
 from tokenizing.sources import MetaPickle
 from weight_loader import CheckpointError, open_checkpoint
 
@@ -59,14 +59,6 @@ def write_ckpt(path: Path, model: Any, has_bias: bool = True, prefix: str = "", 
     return path
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as error:
-        for _ in open_checkpoint(path).parameters("float32"):
-            pass
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_logits(tmp_path: Path, prefix: str, has_bias: bool) -> None:
@@ -74,9 +66,7 @@ def test_logits(tmp_path: Path, prefix: str, has_bias: bool) -> None:
     model = nano_model(has_bias)
     path = write_ckpt(tmp_path / "out" / "ckpt.pt", model, has_bias, prefix)
     for each in (path, path.parent):
-        checkpoint = open_checkpoint(each)
-        found = stateless_logits(load_model(checkpoint, config_of(checkpoint, "float32")), IDX)
-        assert relative_error(found, logits_of(model, IDX)) <= 1e-5
+        assert relative_error(our_logits(each, IDX), logits_of(model, IDX)) <= 1e-5
     assert open_checkpoint(path).config.has_pre_quant_scale is False
     assert "h.0.attn.c_attn.bias" in dict(open_checkpoint(path).parameters("float32")) or not has_bias
 

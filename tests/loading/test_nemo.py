@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from nemo_archives import write_nemo, write_tar
+from opened import our_logits, refusal
 from random_models import logits_of, random_model
-from test_model import relative_error, stateless_logits
+from test_model import relative_error
 
-from engine import config_of, load_model
 from tokenizing.sources import BytePairFiles, SentencePieceModel
 from weight_loader import CheckpointError, open_checkpoint
 
@@ -35,24 +35,11 @@ CASES = [
 ]
 
 
-def our_logits(path: Path, idx: np.ndarray = IDX) -> np.ndarray:
-    checkpoint = open_checkpoint(path)
-    return stateless_logits(load_model(checkpoint, config_of(checkpoint, "float32")), idx)
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(CheckpointError) as error:
-        for _ in open_checkpoint(path).parameters("float32"):
-            pass
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(("name", "is_core", "ranks", "stages"), CASES)
 def test_models(tmp_path: Path, name: str, is_core: bool, ranks: int, stages: int) -> None:
     model = MODELS[name]()
     path = write_nemo(tmp_path / "model.nemo", model, is_core, ranks, stages)
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
     checkpoint = open_checkpoint(path)
     assert sum(checkpoint.stored_bytes().values()) == 4 * model.num_parameters()
 
@@ -61,7 +48,7 @@ def test_positions_that_are_interpolated(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     model = random_model("llama", vocab_size=96, rope_parameters=rope)
     path = write_nemo(tmp_path / "model.nemo", model, is_core=True, seq_len_interpolation_factor=4)
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -87,7 +74,7 @@ def test_a_gate_by_itself(tmp_path: Path, ranks: int) -> None:
         else:
             contents[name] = content.replace(b"fast-swiglu", b"swiglu")
     write_tar(tmp_path / "slow.nemo", contents)
-    assert relative_error(our_logits(tmp_path / "slow.nemo"), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(tmp_path / "slow.nemo", IDX), logits_of(model, IDX)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -117,7 +104,7 @@ def test_forms_of_archives(tmp_path: Path, mode: str) -> None:
         with tarfile.open(path) as tar:
             tar.extractall(tmp_path / "folder", filter="data")
         path = tmp_path / "folder"
-    assert relative_error(our_logits(path), logits_of(model, IDX)) <= 1e-5
+    assert relative_error(our_logits(path, IDX), logits_of(model, IDX)) <= 1e-5
     assert open_checkpoint(path).fingerprint() == open_checkpoint(path).fingerprint()
 
 

@@ -180,16 +180,16 @@ _BEFORE = (
 
 
 def _activations(x: Pattern) -> dict[str, Op]:
-    """The activations of ``x``, as programs spell them. What stands behind a comma tells spellings apart."""
+    """The activations of ``x`` that are one step, as programs spell them. What stands behind a comma tells spellings
+    apart."""
     wide = Cast(x)
     cube = binary("kPROD", binary("kPROD", wide, wide), wide)
     inner = binary(
         "kPROD", binary("kSUM", binary("kPROD", cube, Number(0.044715)), wide), Number(math.sqrt(2 / math.pi))
     )
-    tanh, relu = Op("activation", inner, operation="kTANH"), Op("activation", x, operation="kRELU")
+    tanh = Op("activation", inner, operation="kTANH")
     return {
-        "relu": relu,
-        "relu2": binary("kPROD", relu, relu),
+        "relu": _relu(x),
         "gelu_erf": Op("activation", x, operation="kGELU_ERF"),
         "gelu_tanh": Op("activation", x, operation="kGELU_TANH"),
         "gelu_tanh, spelled out": binary(
@@ -199,8 +199,14 @@ def _activations(x: Pattern) -> dict[str, Op]:
     }
 
 
+def _relu(x: Pattern) -> Op:
+    return Op("activation", x, operation="kRELU")
+
+
+_RELU = _relu(Any("gate"))
 _GATES = {
-    name: binary("kPROD", Cast(pattern), Any("up"), name="gated") for name, pattern in _activations(Any("gate")).items()
+    name: binary("kPROD", Cast(pattern), Any("up"), name="gated")
+    for name, pattern in {**_activations(Any("gate")), "relu2": binary("kPROD", _RELU, _RELU)}.items()
 }
 
 _AFTER = (
