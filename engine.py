@@ -55,9 +55,15 @@ class Engine:
             decoder = Decoder.of(executable)
         except ValueError as error:
             raise EngineError(str(error)) from None
+        self._decoder = decoder
         self._rows = None if decoder is None else Rows(decoder, batch)
         if self._rows is None:
             self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
+
+    def paged(self, page_tokens: int, pages: int) -> Decoder | None:
+        """A decoder of the same model with a pool of its own, for any number of sequences; None where NVIDIA's runtime
+        runs the model, whose sequences are ``batch`` rows."""
+        return None if self._decoder is None else Decoder.of(self.executable, page_tokens, pages)
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences.

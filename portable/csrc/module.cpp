@@ -2,12 +2,15 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <map>
 #include <numeric>
 #include <optional>
+#include <span>
+#include <tuple>
 
 #include "cache_rows.h"
 #include "isa.h"
@@ -233,12 +236,42 @@ private:
     std::optional<Program> program_;
 };
 
-int64_t draw_one(nb::handle array, double uniform, double temperature, int64_t k, std::optional<double> top_p) {
+int64_t draw_one(nb::handle array, double uniform, double temperature, int64_t k, std::optional<double> top_p,
+                 std::optional<double> min_p) {
     const Buffer logits(array);
     const int64_t count = logits.bytes() / 4;
     if (count < 1 || k < 1) throw nb::value_error("expected at least one logit, and one to draw from");
     const nb::gil_scoped_release released;
-    return draw(kernels_for(""), logits.as<const float>(), count, uniform, temperature, k, top_p);
+    return draw(kernels_for(""), logits.as<const float>(), count, uniform, temperature, k, top_p, min_p);
+}
+
+// The numbers of a buffer of one type, as ids of `count` tokens where it holds int32.
+std::span<const int32_t> ids_of(const Buffer& array, int64_t count) {
+    const std::span ids(array.as<const int32_t>(), static_cast<size_t>(array.bytes() / 4));
+    if (std::any_of(ids.begin(), ids.end(), [count](int32_t id) { return id < 0 || id >= count; }))
+        throw nb::value_error("expected token ids of the vocabulary");
+    return ids;
+}
+
+void adjust_logits(nb::handle array, nb::handle to, nb::handle biased, nb::handle bias, nb::handle seen, nb::handle counts,
+                   std::tuple<double, double, double> penalties, nb::handle allowed, nb::handle forbidden) {
+    const Buffer logits(array), out(to, true), biased_ids(biased), by(bias), seen_ids(seen), times(counts), only(allowed),
+        never(forbidden);
+    const int64_t count = logits.bytes() / 4;
+    const std::span amounts(by.as<const double>(), static_cast<size_t>(by.bytes() / 8));
+    const std::span often(times.as<const int32_t>(), static_cast<size_t>(times.bytes() / 4));
+    Adjustment how;
+    how.biased = ids_of(biased_ids, count);
+    how.bias = amounts;
+    how.seen = ids_of(seen_ids, count);
+    how.counts = often;
+    std::tie(how.repetition, how.frequency, how.presence) = penalties;
+    how.allowed = ids_of(only, count);
+    how.forbidden = ids_of(never, count);
+    if (out.bytes() != logits.bytes() || how.biased.size() != amounts.size() || how.seen.size() != often.size())
+        throw nb::value_error("expected as many numbers as token ids");
+    const nb::gil_scoped_release released;
+    adjust(logits.as<const float>(), count, how, out.as<float>());
 }
 
 // Fills `to` with the codes of `from`, (rows, width), on all threads. Every `rows_per_scale` rows come to the next scale, or
@@ -325,7 +358,19 @@ NB_MODULE(_native, module) {
                       length, restore);
     }, nb::arg("cache"), nb::arg("saved"), nb::arg("position"), nb::arg("length"), nb::arg("restore"));
     module.def("draw", &draw_one, nb::arg("logits"), nb::arg("uniform"), nb::arg("temperature"), nb::arg("k"),
-               nb::arg("top_p") = nb::none());
+               nb::arg("top_p") = nb::none(), nb::arg("min_p") = nb::none());
+    module.def("adjust", &adjust_logits, nb::arg("logits"), nb::arg("out"), nb::arg("biased"), nb::arg("bias"),
+               nb::arg("seen"), nb::arg("counts"), nb::arg("penalties"), nb::arg("allowed"), nb::arg("forbidden"));
+    module.def("largest", [](nb::handle array, int64_t k) {
+        const Buffer logits(array);
+        return largest(kernels_for(""), logits.as<const float>(), logits.bytes() / 4, k);
+    }, nb::arg("logits"), nb::arg("k"));
+    module.def("log_sum_exp", [](nb::handle array) {
+        const Buffer logits(array);
+        if (logits.bytes() < 4) throw nb::value_error("expected at least one logit");
+        const nb::gil_scoped_release released;
+        return log_sum_exp(logits.as<const float>(), logits.bytes() / 4);
+    }, nb::arg("logits"));
     module.def("quantize", &quantize, nb::arg("isa"), nb::arg("to"), nb::arg("from_"), nb::arg("from_dtype"),
                nb::arg("scale"), nb::arg("dtype"), nb::arg("width"), nb::arg("rows_per_scale"), nb::arg("per_number"));
     module.def("processor", [] {

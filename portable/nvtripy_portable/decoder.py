@@ -132,6 +132,11 @@ class Decoder:
             return Decoder(runner.step, roles, page_tokens, pages)
         return Decoder(_Interpreted(runner, compiled.graph, roles).step, roles, page_tokens, pages)
 
+    def copy(self, source: int, target: int) -> None:
+        """Makes the keys and values in page ``target`` those of ``source``, for a sequence that goes on from another's
+        last tokens."""
+        self._memory[target] = self._memory[source]
+
     def step(self, pieces: Sequence[Piece]) -> np.ndarray:
         """The logits that the pieces ask for, float32 (rows, vocabulary), in the order of the pieces. Their keys and
         values are in their pages from then on.

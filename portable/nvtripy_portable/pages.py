@@ -30,6 +30,10 @@ class PagePool:
         """How many pages nobody holds."""
         return len(self._free)
 
+    def is_free(self, page: int) -> bool:
+        """Whether nobody holds a page."""
+        return self._holders[page] == 0
+
     def take(self, count: int) -> list[int]:
         """Numbers of ``count`` free pages, which the caller holds from now on.
 

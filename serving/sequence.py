@@ -1,0 +1,99 @@
+"""One answer in the making: its tokens, the pages they lie in, and how far the model has come with them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from serving.drawing import Drawer, TokenScores
+from serving.settings import SamplingSettings
+from serving.text import AnswerText
+
+
+class State(enum.Enum):
+    """Where an answer stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FOLLOWING = "following"  # of a request with several answers: the first one computes the prompt for all
+    FINISHED = "finished"
+
+
+@dataclass
+class Update:
+    """What one step has brought an answer.
+
+    Attributes:
+        choice: Which of the request's answers.
+        text: What is certain now.
+        ids: Tokens of it, as far as the text goes.
+        offsets: Where in the answer's text each of them begins.
+        scores: Of each of them, where log-probabilities are wanted.
+        prompt_scores: Of the prompt's tokens, once, where they are wanted; None for the first.
+        finish_reason: "stop", "length", "cancelled" or "error" with the last update, else None.
+        stop_reason: The text or the id that ended the answer, if it was one of the request's own.
+        error: Why there is no more of it.
+        cached: How many of the prompt's tokens were found in pages; with the first update.
+    """
+
+    choice: int
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    scores: list[TokenScores] = field(default_factory=list)
+    prompt_scores: list[TokenScores | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    cached: int = 0
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of a request's answers.
+
+    Attributes:
+        order: Whose turn it is first: the smaller.
+        choice: Its number among the request's answers.
+        prompt: The prompt's ids; ``generated``: the answer's.
+        keys: What the prompt's full pages are known by.
+        pages: Where its tokens lie; -1 for one that was given back, as no token sees it any more.
+        computed: How many tokens have their keys and values in the pages.
+        drafted: Ids that are guessed to come next.
+        cached: How many of the prompt's tokens were found in pages when it was first admitted; None before.
+        prompt_scores: Of the prompt's tokens so far, where they are wanted.
+        waiting_scores: Of tokens whose text is not certain yet.
+        followers: Other answers to the same prompt, which go on from its pages.
+    """
+
+    order: tuple[int, int, int]
+    choice: int
+    prompt: list[int]
+    settings: SamplingSettings
+    drawer: Drawer
+    text: AnswerText
+    keys: list[bytes] = field(default_factory=list)
+    state: State = State.WAITING
+    generated: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    drafted: list[int] = field(default_factory=list)
+    cached: int | None = None
+    prompt_scores: list[TokenScores | None] = field(default_factory=lambda: [None])
+    waiting_scores: list[TokenScores] = field(default_factory=list)
+    followers: list[Sequence] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are, the prompt's and the answer's."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all that is left to compute is the last generated token."""
+        return bool(self.generated) and self.computed == self.length - 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are still to be found."""
+        return self.settings.prompt_logprobs is not None and len(self.prompt_scores) < len(self.prompt)

@@ -1,0 +1,179 @@
+"""Serving many requests: each gets what it gets alone, to the last bit, whatever is computed beside it."""
+
+from __future__ import annotations
+
+import queue
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_checkpoints import EOS, VOCABULARY, random_checkpoint
+
+from engine import open_engine
+from serving.engine import ServingEngine, Ticket
+from serving.sequence import Update
+from serving.settings import RequestError, SamplingSettings
+from serving.speculation import PromptLookup, Speculation
+from tokenizer import load_tokenizer
+from weight_loader import open_checkpoint
+
+PAGE = 8
+CONTEXT = 64
+
+
+class Bench:
+    """An engine whose steps are taken by hand, and what it has told of each request."""
+
+    def __init__(self, decoder: Any, tokenizer: Any, endings: frozenset[int] = frozenset({EOS}), **settings: Any) -> None:
+        self.told: dict[Ticket, dict[int, Update]] = defaultdict(dict)
+        self.engine = ServingEngine(decoder, tokenizer, endings, self._take, **settings)
+
+    def _take(self, updates: list[tuple[Ticket, Update]]) -> None:
+        for ticket, update in updates:
+            whole = self.told[ticket].setdefault(update.choice, Update(update.choice))
+            assert whole.finish_reason is None, "something came after the end"
+            whole.text += update.text
+            whole.ids += update.ids
+            whole.offsets += update.offsets
+            whole.scores += update.scores
+            whole.prompt_scores = whole.prompt_scores or update.prompt_scores
+            whole.finish_reason, whole.stop_reason = update.finish_reason, update.stop_reason
+            whole.error = update.error
+
+    def turn(self) -> None:
+        self.engine.turn()
+
+    def finish(self) -> None:
+        for _ in range(10_000):
+            if not self.engine.has_work:
+                return
+            self.engine.turn()
+        raise AssertionError("it does not end")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    checkpoint = open_checkpoint(random_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint"))
+    engine = open_engine(checkpoint, "float32", batch=1)
+    return engine, load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
+
+
+def results(updates: dict[int, Update]) -> list[tuple[Any, ...]]:
+    return [
+        (each.text, each.ids, each.offsets, each.scores, each.prompt_scores, each.finish_reason, each.stop_reason)
+        for _, each in sorted(updates.items())
+    ]
+
+
+REQUESTS = st.builds(
+    lambda prompt, choices, salt, **more: (prompt, choices, salt, SamplingSettings(**more)),
+    prompt=st.builds(
+        lambda common, own: ([7, 3, 9, 1] * 10)[:common] + own,
+        st.integers(0, 40),
+        st.lists(st.integers(0, 255), min_size=1, max_size=12),
+    ),
+    choices=st.integers(1, 3),
+    salt=st.sampled_from([b"", b"other"]),
+    seed=st.integers(0, 3),
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_k=st.sampled_from([None, 1, 5]),
+    top_p=st.sampled_from([None, 0.9]),
+    min_p=st.sampled_from([None, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    logit_bias=st.sampled_from([{}, {65: 5.0}]),
+    max_tokens=st.integers(0, 12),
+    stop=st.sampled_from([(), ("A",)]),
+    logprobs=st.sampled_from([None, 0, 2]),
+    prompt_logprobs=st.sampled_from([None, None, 1]),
+)
+
+
+@given(
+    requests=st.lists(st.tuples(REQUESTS, st.integers(0, 6), st.sampled_from([None, None, None, 2])), min_size=2, max_size=8),
+    pages=st.sampled_from([8, 10, 40]),
+    max_tokens=st.sampled_from([4, 16, 512]),
+    max_sequences=st.sampled_from([2, 4, 64]),
+    guesses=st.booleans(),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_request_gets_what_it_gets_alone(
+    model: tuple[Any, Any], requests: Any, pages: int, max_tokens: int, max_sequences: int, guesses: bool
+) -> None:
+    """Random arrivals, cancellations, prompts that begin alike, pools so small that sequences are put aside."""
+    engine, tokenizer = model
+    busy = Bench(
+        engine.paged(PAGE, pages),
+        tokenizer,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+        speculation=Speculation(PromptLookup(), most=4) if guesses else None,
+    )
+    tickets, cancelled = [], set()
+    for (prompt, choices, salt, how), wait, cancel in requests:
+        tickets.append(busy.engine.submit(prompt, how, choices, salt=salt))
+        for _ in range(wait):
+            busy.turn()
+        if cancel is not None:
+            busy.engine.cancel(tickets[0])
+            cancelled.add(tickets[0])
+    busy.finish()
+    assert busy.engine.pages.used == 0
+    for (request, _, _), ticket in zip(requests, tickets, strict=True):
+        if ticket in cancelled:
+            continue
+        prompt, choices, salt, how = request
+        alone = Bench(engine.paged(PAGE, 16), tokenizer, max_sequences=64, max_tokens=512, sharing=False)
+        expected = alone.engine.submit(prompt, how, choices, salt=salt)
+        alone.finish()
+        assert results(busy.told[ticket]) == results(alone.told[expected])
+
+
+def test_pages_that_are_there_are_not_computed_again(model: tuple[Any, Any]) -> None:
+    engine, tokenizer = model
+    bench = Bench(engine.paged(PAGE, 40), tokenizer)
+    prompt = [*range(40)]
+    for expected in (40, 40 + 8, 40 + 8 + 40):
+        salt = b"" if expected < 80 else b"another"
+        bench.engine.submit(prompt, SamplingSettings(max_tokens=2), salt=salt)
+        bench.finish()
+        assert bench.engine.counters.prompt_tokens == expected
+    assert (bench.engine.pages.queried, bench.engine.pages.hit) == (120, 32)
+
+
+def test_the_random_numbers_are_those_of_example(model: tuple[Any, Any]) -> None:
+    """The same seed gives the text that example.py writes."""
+    from generation import Sampler, generate
+
+    engine, tokenizer = model
+    prompt = [10, 20, 30]
+    samplers = [Sampler(5, 0, 0.8, 5)]
+    expected = [token for step in generate(engine, [prompt], samplers, 30, set()) for _, token in step]
+    bench = Bench(engine.paged(PAGE, 40), tokenizer)
+    ticket = bench.engine.submit(prompt, SamplingSettings(seed=5, temperature=0.8, top_k=5, max_tokens=30, ignore_eos=True))
+    bench.finish()
+    assert bench.told[ticket][0].ids == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, "temperature to be at least 0"),
+        ({"top_p": 0.0}, "top_p to be above 0"),
+        ({"min_tokens": 20}, "min_tokens to be at least 0 and at most 16"),
+        ({"logit_bias": {VOCABULARY: 1.0}}, "logit_bias to have token ids"),
+        ({"allowed_token_ids": ()}, "at least one id"),
+        ({"max_tokens": 100}, "max_tokens is 100"),
+        ({"temperature": float("nan")}, "temperature"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(model: tuple[Any, Any], changes: dict[str, Any], message: str) -> None:
+    engine, tokenizer = model
+    bench = Bench(engine.paged(PAGE, 40), tokenizer)
+    with pytest.raises(RequestError, match=message):
+        bench.engine.submit([1, 2], replace(SamplingSettings(), **changes))
