@@ -144,6 +144,11 @@ class ServingEngine:
         self._thread.join()
 
     @property
+    def waiting(self) -> int:
+        """How many answers wait for their first step."""
+        return len(self.scheduler.waiting) + self._incoming
+
+    @property
     def stuck_for(self) -> float:
         """For how many seconds the step has taken that is being computed; infinity where the thread has ended."""
         if not self._thread.is_alive():
@@ -189,7 +194,7 @@ class ServingEngine:
             order = (priority, number, choice)
             ticket.sequences.append(Sequence(order, choice, prompt, settings, drawer, text, keys))
         with self._wake:
-            waiting = len(self.scheduler.waiting) + self._incoming
+            waiting = self.waiting
             if self._is_draining or (self.max_queue is not None and waiting + choices > self.max_queue):
                 raise QueueFull(f"{waiting} answers wait already")
             self._incoming += choices

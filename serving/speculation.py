@@ -81,7 +81,9 @@ class Speculation:
             another sequence costs, and is right less often.
     """
 
-    def __init__(self, guesser: Guesser, most: int = 10, max_sequences: int = 4) -> None:
+    MAX_SEQUENCES = 4
+
+    def __init__(self, guesser: Guesser, most: int = 10, max_sequences: int = MAX_SEQUENCES) -> None:
         self._guesser, self._most, self._max_sequences = guesser, most, max_sequences
         self._lengths: dict[Sequence, int] = {}
 

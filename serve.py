@@ -1,0 +1,265 @@
+"""Serves a GPT-2 over HTTP, by OpenAI's API: parse → load → compile (or open a saved engine) → serve.
+
+    python serve.py
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "What is the answer?"}'
+
+Requests are computed together, and each gets what it gets alone: the same tokens, text and log-probabilities, to the
+last bit. It listens to this machine only, unless --host says otherwise.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import interrupt
+
+    interrupt.end_quietly()
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import command_line
+import engine_cache
+import quantization
+import text_file
+from command_line import UsageError
+from engine_cache import EngineError
+from quantization import QuantizationError
+from weight_loader import Checkpoint, CheckpointError, open_checkpoint
+
+if TYPE_CHECKING:
+    from serving.http.service import Service
+
+PORT = 8000
+REQUIREMENTS = "requirements/serve.txt"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without a checkpoint.
+
+    Raises:
+        UsageError, QuantizationError: an unknown option, or a value out of its range.
+    """
+    parser = command_line.Parser("serve.py", "Serve a GPT-2 by OpenAI's API.")
+    command_line.add_model_arguments(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of weights and activations (default %(default)s)",
+    )
+    parser.add_argument("--served-model-name", metavar="NAME", help="what requests call it (default: --model-type's)")
+    parser.add_argument("--chat-template", metavar="FILE", type=command_line.path, help="Jinja, for conversations")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines, too (default %(default)s)")
+    server.add_argument("--port", metavar="N", type=int, default=PORT, help="0: any that is free (default %(default)s)")
+    key = server.add_mutually_exclusive_group()
+    key.add_argument("--api-key", metavar="KEY", help="requests have to send it (default: NANOGPT_TRIPY_API_KEY, if set)")
+    key.add_argument("--api-key-file", metavar="FILE", type=command_line.path, help="the key is on its first line")
+    server.add_argument("--max-queue", metavar="N", type=int, default=256, help="answers that wait (default %(default)s)")
+    server.add_argument(
+        "--max-connections", metavar="N", type=int, default=1024, help="at the same time (default %(default)s)"
+    )
+    server.add_argument(
+        "--max-body", metavar="MIB", type=int, default=4, help="of a request's body (default %(default)s)"
+    )
+    server.add_argument(
+        "--shutdown-timeout",
+        metavar="S",
+        type=int,
+        default=30,
+        help="seconds in which requests may finish after SIGTERM (default %(default)s)",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--max-num-seqs", metavar="N", type=int, default=64, help="answers computed together (default %(default)s)"
+    )
+    engine.add_argument(
+        "--max-step-tokens", metavar="N", type=int, default=512, help="of one step (default %(default)s)"
+    )
+    engine.add_argument("--cache-memory", metavar="MIB", type=int, help="for keys and values (default: at most 1024)")
+    engine.add_argument("--no-prefix-cache", action="store_true", help="prompts that begin alike share nothing")
+    engine.add_argument(
+        "--speculate", metavar="prompt-lookup|NAME", help="guess tokens by lookup in the text, or by a smaller model"
+    )
+    engine.add_argument("--threads", metavar="N", type=int, help="of the runtime (default: the cores that it may use)")
+    quantization.add_arguments(parser.add_argument_group("quantization"))
+    command_line.add_engine_arguments(parser)
+    options = parser.parse_args(arguments)
+    options.quantization = quantization.config_from(options) if quantization.is_asked_for(options) else None
+    command_line.check_range(
+        options,
+        port=(0, 65535),
+        max_queue=(1, None),
+        max_connections=(1, 1 << 20),
+        max_body=(1, 1 << 10),
+        shutdown_timeout=(0, 86400),
+        max_num_seqs=(1, 1024),
+        max_step_tokens=(1, 1 << 16),
+        cache_memory=(1, 1 << 24),
+        threads=(1, command_line.MAX_THREADS),
+    )
+    return options
+
+
+def api_key(options: argparse.Namespace) -> str | None:
+    """The key that requests have to send, if any.
+
+    Raises:
+        UsageError: it is empty, no ASCII text, or its file cannot be read.
+    """
+    key: str | None = options.api_key or os.environ.get("NANOGPT_TRIPY_API_KEY")
+    if options.api_key_file is not None:
+        try:
+            key = text_file.read_text(options.api_key_file).partition("\n")[0].strip()
+        except OSError as error:
+            raise UsageError(f"cannot read {options.api_key_file}: {error.strerror}") from None
+    if options.api_key == "" or key == "":
+        raise UsageError("expected an API key but got an empty one")
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise UsageError("expected an API key of printable ASCII characters")
+    return key
+
+
+def check_packages() -> None:
+    """Proves, before any long work, that the server's packages are there.
+
+    Raises:
+        UsageError: one is not.
+    """
+    try:
+        import jinja2
+        import msgspec
+        import prometheus_client
+        import starlette
+        import uvicorn
+    except ImportError as error:
+        raise UsageError(f"serving needs the packages of {REQUIREMENTS} ({error}): pip install -r {REQUIREMENTS}") from None
+    del jinja2, msgspec, prometheus_client, starlette, uvicorn
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carries out the command."""
+    check_packages()
+    key = api_key(options)
+    from serving.http.server import listen, serve
+
+    socket = listen(options.host, options.port)
+    with socket:
+        service = build_service(options)
+        command_line.report(
+            f"serving {service.name} on http://{_shown(*socket.getsockname()[:2])} "
+            f"({service.engine.pages.count} pages of {service.engine.pages.page_tokens} tokens)"
+        )
+        serve(service, socket, key, options)
+
+
+def build_service(options: argparse.Namespace) -> Service:
+    """The model, ready to be served."""
+    from example import quantized
+    from serving.engine import ServingEngine
+    from serving.http.bridge import Bridge
+    from serving.http.metrics import Metrics
+    from serving.http.service import Service
+    from serving.opening import open_model
+    from tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(options.model_type, options.revision)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
+    template = _template(options, checkpoint)
+    if options.quantization is not None:
+        checkpoint = quantized(checkpoint, options.quantization)
+    if options.threads is not None:
+        os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
+    engines = engine_cache.chosen(options, lambda message: command_line.report(f"serve.py: {message}"))
+    cache_bytes = None if options.cache_memory is None else options.cache_memory << 20
+    try:
+        opened = open_model(
+            checkpoint, options.dtype, options.max_num_seqs, cache_bytes, engines, command_line.report
+        )
+        speculation = _speculation(options, engines)
+    except EngineError as error:
+        raise UsageError(str(error)) from None
+    if engines is not None:
+        engines.save_pending(wait=False)
+    bridge = Bridge()
+    engine = ServingEngine(
+        opened.decoder,
+        tokenizer,
+        frozenset(checkpoint.config.eos_token_ids),
+        bridge.deliver,
+        max_sequences=options.max_num_seqs,
+        max_tokens=options.max_step_tokens,
+        max_queue=options.max_queue,
+        sharing=opened.can_share and not options.no_prefix_cache,
+        speculation=speculation,
+    )
+    name = options.served_model_name or _name(options)
+    service = Service(engine, tokenizer, bridge, Metrics(engine), name, template)
+    bridge.observe = service.metrics.observe
+    return service
+
+
+def _name(options: argparse.Namespace) -> str:
+    name = str(options.model_type)
+    return Path(name).name if Path(name).exists() else name
+
+
+def _template(options: argparse.Namespace, checkpoint: Checkpoint) -> Any:
+    """The chat template that was given, or the checkpoint's own.
+
+    Raises:
+        UsageError: it cannot be read, or is none.
+    """
+    from jinja2 import TemplateError
+
+    from serving.http.chat import ChatTemplate
+    from serving.opening import chat_template_of
+
+    source, tokens = chat_template_of(checkpoint)
+    if options.chat_template is not None:
+        try:
+            source = text_file.read_text(options.chat_template)
+        except OSError as error:
+            raise UsageError(f"cannot read {options.chat_template}: {error.strerror}") from None
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, tokens)
+    except TemplateError as error:
+        where = options.chat_template or checkpoint.path
+        raise UsageError(f"the chat template of {where} is none: {error}") from None
+
+
+def _speculation(options: argparse.Namespace, engines: Any) -> Any:
+    """What guesses tokens, if anything does."""
+    from serving.opening import open_model
+    from serving.speculation import PromptLookup, Speculation
+
+    if options.speculate is None:
+        return None
+    if options.speculate == "prompt-lookup":
+        return Speculation(PromptLookup())
+    from serving.draft_model import DraftModel
+
+    draft = open_checkpoint(options.speculate)
+    opened = open_model(draft, options.dtype, Speculation.MAX_SEQUENCES, None, engines, command_line.report)
+    return Speculation(DraftModel(opened.decoder), most=4)
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def main() -> int:
+    """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
+    return command_line.main(
+        "serve.py", lambda: run(parse_arguments()), CheckpointError, QuantizationError, prints=False
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""From a checkpoint to an engine that serves it, with as many pages as its memory allows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from command_line import UsageError
+from engine_cache import EngineFolder
+from serving.engine import BatchedDecoder
+from weight_loader import Checkpoint
+
+if TYPE_CHECKING:
+    from engine import Engine
+
+PAGE_TOKENS = 64
+DEFAULT_CACHE = 1 << 30  # bytes of keys and values, where nothing is said
+
+
+@dataclass
+class OpenedModel:
+    """A model that can be served.
+
+    Attributes:
+        can_share: Whether its sequences can have pages in common.
+    """
+
+    decoder: BatchedDecoder
+    can_share: bool
+
+
+def open_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    max_sequences: int,
+    cache_bytes: int | None,
+    engines: EngineFolder | Path | None,
+    report: Callable[[str], None],
+) -> OpenedModel:
+    """The checkpoint's model over pages or, where NVIDIA's runtime runs it, over ``max_sequences`` rows.
+
+    Args:
+        cache_bytes: For keys and values; at least a whole context's. None: 1 GiB, or what all sequences can fill.
+
+    Raises:
+        UsageError: ``cache_bytes`` is too small.
+        EngineError, CheckpointError: as ``engine.open_engine``.
+    """
+    from engine import config_of, open_engine
+
+    config = config_of(checkpoint, dtype)
+    layers, two, _, heads, context, size = config.cache_shape(1)
+    page_bytes = layers * two * heads * min(PAGE_TOKENS, context) * size * config.cache_dtype.itemsize
+    least = math.ceil(context / PAGE_TOKENS)
+    wanted = max_sequences * least
+    pages = min(wanted, max(DEFAULT_CACHE // page_bytes, least)) if cache_bytes is None else cache_bytes // page_bytes
+    if pages < least:
+        raise UsageError(
+            f"expected --cache-memory to hold a whole context, {least * page_bytes / (1 << 20):.0f} MiB, but got "
+            f"{(cache_bytes or 0) / (1 << 20):.0f} MiB"
+        )
+    engine: Engine = open_engine(checkpoint, dtype, 1, engines, report)
+    decoder = engine.paged(PAGE_TOKENS, pages)
+    if decoder is not None:
+        return OpenedModel(decoder, True)
+    from serving.slots import SlotDecoder
+
+    static = open_engine(checkpoint, dtype, max_sequences, engines, report)
+    return OpenedModel(SlotDecoder(static, config.vocab_size), False)
+
+
+def chat_template_of(checkpoint: Checkpoint) -> tuple[str | None, dict[str, str]]:
+    """The chat template beside a checkpoint's tokenizer, if there is one, and the texts of its special tokens."""
+    from tokenizing.export import files_of
+
+    files = files_of(checkpoint.tokenizer_source)
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    template = files.get("chat_template.jinja")
+    source = template.decode("utf-8", "replace") if template else settings.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((each.get("template") for each in source if each.get("name") == "default"), None)
+    return source if isinstance(source, str) else None, _special_tokens(settings)
+
+
+def _special_tokens(settings: dict[str, object]) -> dict[str, str]:
+    """The texts of special tokens in a tokenizer_config.json, by their names."""
+    found = {}
+    for name, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
+    return found
