@@ -35,6 +35,20 @@ inline float sum(F x) {
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
+// The same of four vectors, added up in the same order: element i is the sum of v[i].
+inline __m128 sum_four(const F (&v)[4]) {
+    const auto halves = [](F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
+    const F ab = halves(v[0], v[1]), cd = halves(v[2], v[3]);
+    F each = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    each = add(each, _mm512_permute_ps(each, 0x4e));
+    each = add(each, _mm512_permute_ps(each, 0xb1));
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, each));
+}
+// Four numbers of memory become, or get added, these.
+inline void add_four(float* to, __m128 x, bool add_to) {
+    _mm_storeu_ps(to, _mm_add_ps(add_to ? _mm_loadu_ps(to) : _mm_setzero_ps(), x));
+}
+
 inline F load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
