@@ -55,6 +55,7 @@ PROGRAMS = (
     "quantizing.calibration",
     "quantizing.gptq",
     "quantizing.torch_model",
+    "quantizing.counterpart",
     "quantizing.text",
     "quantizing.network",
     "quantizing.arguments",
