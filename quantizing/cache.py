@@ -13,6 +13,7 @@ from loading.hub import GENERATION_FILE, TOKENIZER_FILES
 from quantizing.folders import REQUIREMENTS, check_source, quantize_checkpoint
 from quantizing.settings import CALIB_SIZE, QuantizationConfig, QuantizationError
 from quantizing.text import CALIBRATION_TEXT, is_hub_dataset
+from quantizing.torch_model import is_of_transformers
 from tokenizing.sources import BytePairFiles, GgufTokenizer, MetaPickle, SentencePieceModel, TokenizerSource
 
 Report = Callable[[str], None]
@@ -68,6 +69,10 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     add(_read_bytes(Path(__file__).parent.parent / REQUIREMENTS))  # ModelOpt's version, without importing it
     for source in SOURCES:
         add(_read_bytes(Path(__file__).parent / f"{source}.py"))
+    if not is_of_transformers(checkpoint.path):  # what is in the files is told by our own readers then
+        root = Path(__file__).parent.parent
+        for reader in (root / "conversion.py", *sorted((root / "loading").rglob("*.py"))):
+            add(_read_bytes(reader))
     add(repr(checkpoint.config.eos_token_ids).encode())
     for part in _tokenizer_parts(checkpoint.tokenizer_source):
         add(part)
