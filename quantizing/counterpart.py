@@ -14,7 +14,7 @@ from typing import Any
 from loading.checkpoint import Checkpoint
 from loading.config import CheckpointConfig
 from loading.errors import CheckpointError, shown
-from loading.families import gpt2, gpt_bigcode, llama, starcoder2
+from loading.families import gpt2, gpt_bigcode, llama, nemotron, stablelm, starcoder2
 from loading.settings import Settings
 from loading.table import Layout
 from quantizing.settings import QuantizationError
@@ -54,9 +54,10 @@ def counterpart_of(checkpoint: Checkpoint) -> Counterpart:
             config, layout = read(Settings(model_type, settings))
         except CheckpointError:  # sizes that it cannot have
             continue
-        lacking = _differences(wanted, config)
+        adds_one = wanted.norm == "layer1p" and config.norm == "layer"
+        lacking = _differences(replace(wanted, norm="layer") if adds_one else wanted, config)
         if not lacking:
-            return Counterpart(model_type, settings, config, layout, wanted.norm == "layer1p" != config.norm)
+            return Counterpart(model_type, settings, config, layout, adds_one)
         nearest = min(nearest, (model_type, lacking), key=lambda each: len(each[1]))
     reason = f", which is {nearest[0]} but for {' and '.join(nearest[1])}" if nearest[0] else ""
     raise QuantizationError(
@@ -78,7 +79,6 @@ def _brought_to_one_form(config: CheckpointConfig) -> Values:
         config,
         n_kv_head=config.kv_heads,
         head_dim=config.head_size,
-        norm="layer" if config.norm == "layer1p" else config.norm,
         norm_bias=config.norm_bias and config.norm != "rms",
         eos_token_ids=(),
     )
@@ -140,6 +140,21 @@ def _starcoder2(config: CheckpointConfig) -> Values:
     return settings
 
 
+def _nemotron(config: CheckpointConfig) -> Values:
+    settings = _llama(config)
+    settings["norm_eps"] = settings.pop("rms_norm_eps")
+    settings["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
+    return settings
+
+
+def _stablelm(config: CheckpointConfig) -> Values:
+    settings = _nemotron(config)
+    settings["layer_norm_eps"] = settings.pop("norm_eps")
+    for name in ("head_dim", "attention_bias", "mlp_bias"):  # which the class does not know
+        del settings[name]
+    return settings
+
+
 def _shared(config: CheckpointConfig) -> Values:
     ends = config.eos_token_ids
     return {
@@ -164,4 +179,6 @@ _CLASSES: dict[
     "starcoder2": (_starcoder2, starcoder2.from_huggingface),
     "llama": (_llama, llama.from_huggingface("llama")),
     "mistral": (_mistral, llama.from_huggingface("mistral")),
+    "nemotron": (_nemotron, nemotron.from_huggingface),
+    "stablelm": (_stablelm, stablelm.from_huggingface),
 }

@@ -88,6 +88,8 @@ PROGRAMS = (
     "loading.families.gpt_bigcode",
     "loading.families.gpt2",
     "loading.families.starcoder2",
+    "loading.families.nemotron",
+    "loading.families.stablelm",
     "loading.families.llama",
     "loading.families.rotary",
     "loading.families.gguf_settings",

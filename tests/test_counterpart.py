@@ -3,6 +3,7 @@ folder of the same weights, and the logits of ours."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import santacoder_files
 import torch
 from nanogpt_files import nano_model, write_ckpt
 from nemo_archives import write_nemo
 from random_models import logits_of, random_model
-from safetensors.torch import load_file, save_file
 from test_model import relative_error, stateless_logits
-from tiny_checkpoints import edit_config
 
 from engine import config_of, load_model
 from loading import numbers
@@ -36,21 +36,6 @@ def write_gguf(path: Path, model: Any, **changes: Any) -> Path:
     import gguf_files
 
     return gguf_files.write_gguf(path, model, **changes)
-
-
-def write_santacoder(path: Path, model: Any) -> Path:
-    """A folder of the original layout: queries apart from keys and values, in Conv1D."""
-    model.save_pretrained(path)
-    edit_config(path, model_type="gpt2", architectures=["GPT2LMHeadCustomModel"], attention_head_type="multiquery")
-    tensors, width = load_file(path / "model.safetensors"), model.config.n_embd
-    for name in [name for name in tensors if ".h." in name]:
-        rows = tensors.pop(name)
-        parts = {name: rows}
-        if ".c_attn." in name:
-            parts = {name.replace("c_attn", "q_attn"): rows[:width], name.replace("c_attn", "kv_attn"): rows[width:]}
-        tensors |= {part: (each.T if each.ndim == 2 else each).contiguous() for part, each in parts.items()}
-    save_file(tensors, path / "model.safetensors")
-    return path
 
 
 def nemotron() -> Any:
@@ -99,10 +84,20 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], str, Callable[[Path, Any], Path]]
         lambda path, model: write_nemo(path / "a.nemo", model, is_core=True, seq_len_interpolation_factor=4),
     ),
     "nemo, layernorm1p": (nemotron, "starcoder2", lambda path, model: write_nemo(path / "a.nemo", model)),
+    "nemo, a part of the head": (
+        lambda: random_model("nemotron", vocab_size=96),
+        "nemotron",
+        lambda path, model: write_nemo(path / "a.nemo", model, is_core=True),
+    ),
+    "nemo, as GPT-2B": (
+        lambda: random_model("stablelm", vocab_size=96, partial_rotary_factor=0.5),
+        "stablelm",
+        lambda path, model: write_nemo(path / "a.nemo", less_one(model), normalization="layernorm1p"),
+    ),
     "santacoder": (
-        lambda: random_model("gpt_bigcode"),
+        lambda: random_model("gpt_bigcode", activation_function="gelu_pytorch_tanh"),
         "gpt_bigcode",
-        lambda path, model: write_santacoder(path, model),
+        lambda path, model: santacoder_files.santacoder(model, path),
     ),
 }
 INTERPOLATED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
@@ -116,11 +111,23 @@ def as_llama(model: Any) -> Any:
     return other
 
 
+def less_one(model: Any) -> Any:
+    """A model from whose norms' weights 1 is taken, which gives the same weights again when it is added."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "norm.weight" in name:
+                parameter.sub_(1)
+                dict(model.named_parameters())[name].copy_(parameter + 1)
+    return other
+
+
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_it_is_the_model(tmp_path: Path, name: str) -> None:
     make, model_type, write = CONTAINERS[name]
+    (tmp_path / "container").mkdir()
     model = make()
-    checkpoint = open_checkpoint(write(tmp_path / "container" if name == "santacoder" else tmp_path, model))
+    checkpoint = open_checkpoint(write(tmp_path / "container", model))
     built = build_torch_model(checkpoint)
     assert built.config.model_type == model_type
     ours = stateless_logits(load_model(checkpoint, config_of(checkpoint, "float32")), IDX)
@@ -166,7 +173,7 @@ def test_what_no_class_computes(
     monkeypatch.setattr(checkpoint, "config", replace(checkpoint.config, **settings))
     with pytest.raises(QuantizationError) as error:
         counterpart_of(checkpoint)
-    known = "gpt2, gpt_bigcode, starcoder2, llama, mistral"
+    known = "gpt2, gpt_bigcode, starcoder2, llama, mistral, nemotron, stablelm"
     assert str(error.value) == (
         f"expected a model that one of transformers' classes computes ({known}) to quantize but got {checkpoint.path}, "
         f"which is {reason}"
@@ -185,6 +192,8 @@ def test_what_no_class_computes(
         ({**ROOT_MEAN_SQUARE, "mlp_bias": True}, "llama"),
         ({**ROOT_MEAN_SQUARE, "activation_function": "gelu_new"}, "llama"),
         ({**ROOT_MEAN_SQUARE, "window": 5}, "mistral"),
+        ({**ROTARY, "norm": "layer1p", "rotary_fraction": 0.5, "attention_bias": False}, "nemotron"),
+        ({**ROTARY, "norm": "layer1p", "gated_mlp": True, "attention_bias": False, "mlp_bias": False}, "stablelm"),
     ],
 )
 def test_what_computes_it(

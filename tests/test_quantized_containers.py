@@ -60,6 +60,8 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Path, Any], Path]]] = {
     "gguf, llama": (lambda: random_model("llama", vocab_size=len(WORDS)), write_gguf),
     "ckpt.pt": (nano_model, write_nano),
     "nemo, gpt2": (lambda: random_model("gpt2", vocab_size=len(WORDS)), write_archive),
+    "nemo, nemotron": (lambda: random_model("nemotron", vocab_size=len(WORDS)), write_archive),
+    "nemo, stablelm": (lambda: random_model("stablelm", vocab_size=len(WORDS)), write_archive),
     "nemo, llama": (lambda: random_model("llama", vocab_size=len(WORDS)), write_archive),
 }
 MODES: dict[str, dict[str, Any]] = {
@@ -152,8 +154,8 @@ def test_a_model_that_transformers_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str
 ) -> None:
     """Refused before any work, by what is needed for none of it."""
-    model = random_model("nemotron", vocab_size=len(WORDS), num_key_value_heads=4, partial_rotary_factor=0.5)
-    container = write_archive(tmp_path, model)
+    model = random_model("nemotron", vocab_size=len(WORDS), partial_rotary_factor=0.5)
+    container = write_nemo(tmp_path / "model.nemo", model, normalization="layernorm")
     arguments = ["--model-type", str(container), "--quant-mode=int8-weight-only"]
     if program == "example.py":
         monkeypatch.setattr(sys, "argv", [program, "--input-text=To be", *arguments])
@@ -164,7 +166,7 @@ def test_a_model_that_transformers_does_not_have(
     assert (captured.out, captured.err) == (
         "",
         f"{program}: error: expected a model that one of transformers' classes computes (gpt2, gpt_bigcode, "
-        f"starcoder2, llama, mistral) to quantize but got {container}, which is starcoder2 but for "
+        f"starcoder2, llama, mistral, nemotron, stablelm) to quantize but got {container}, which is starcoder2 but for "
         "rotary_fraction=0.5\n",
     )
 
