@@ -43,10 +43,10 @@ def write_gguf(folder: Path, model: Any) -> Path:
     return gguf_files.write_gguf(folder / "model.gguf", model, **changes)
 
 
-def write_archive(folder: Path, model: Any) -> Path:
+def write_archive(folder: Path, model: Any, **changes: Any) -> Path:
     files = {"vocab.json": json.dumps(WORDS).encode(), "merges.txt": b"#version: 0.2\nT o\n"}
     tokenizer = {"vocab_file": "nemo:vocab.json", "merge_file": "nemo:merges.txt"}
-    return write_nemo(folder / "model.nemo", model, ranks=2, files=files, tokenizer=tokenizer)
+    return write_nemo(folder / "model.nemo", model, ranks=2, files=files, tokenizer=tokenizer, **changes)
 
 
 def write_nano(folder: Path, model: Any) -> Path:
@@ -155,7 +155,7 @@ def test_a_model_that_transformers_does_not_have(
 ) -> None:
     """Refused before any work, by what is needed for none of it."""
     model = random_model("nemotron", vocab_size=len(WORDS), partial_rotary_factor=0.5)
-    container = write_nemo(tmp_path / "model.nemo", model, normalization="layernorm")
+    container = write_archive(tmp_path, model, normalization="layernorm")
     arguments = ["--model-type", str(container), "--quant-mode=int8-weight-only"]
     if program == "example.py":
         monkeypatch.setattr(sys, "argv", [program, "--input-text=To be", *arguments])
