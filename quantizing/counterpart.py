@@ -47,7 +47,8 @@ def counterpart_of(checkpoint: Checkpoint) -> Counterpart:
     Raises:
         QuantizationError: none of its classes computes the same.
     """
-    wanted, nearest = checkpoint.config, ("", [""] * 100)
+    wanted = checkpoint.config
+    lacking: dict[str, list[str]] = {}
     for model_type, (settings_of, read) in _CLASSES.items():
         settings = settings_of(wanted)
         try:
@@ -55,11 +56,11 @@ def counterpart_of(checkpoint: Checkpoint) -> Counterpart:
         except CheckpointError:  # sizes that it cannot have
             continue
         adds_one = wanted.norm == "layer1p" and config.norm == "layer"
-        lacking = _differences(replace(wanted, norm="layer") if adds_one else wanted, config)
-        if not lacking:
+        lacking[model_type] = _differences(replace(wanted, norm="layer") if adds_one else wanted, config)
+        if not lacking[model_type]:
             return Counterpart(model_type, settings, config, layout, adds_one)
-        nearest = min(nearest, (model_type, lacking), key=lambda each: len(each[1]))
-    reason = f", which is {nearest[0]} but for {' and '.join(nearest[1])}" if nearest[0] else ""
+    nearest = min(lacking, key=lambda model_type: len(lacking[model_type]), default=None)
+    reason = "" if nearest is None else f", which is {nearest} but for {' and '.join(lacking[nearest])}"
     raise QuantizationError(
         f"expected a model that one of transformers' classes computes ({', '.join(_CLASSES)}) to quantize but got "
         f"{checkpoint.path}{reason}"
