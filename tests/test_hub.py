@@ -280,7 +280,7 @@ def test_revision(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert client.error("a/b", "v3") == "the hub has 'a/b', but not its revision 'v3'"
 
 
-@pytest.mark.parametrize("kind", ["gguf", "nemo"])
+@pytest.mark.parametrize("kind", ["gguf", pytest.param("nemo", marks=pytest.mark.slow)])
 def test_one_file(client: Client, hub: Hub, tmp_path: Path, kind: str) -> None:
     """A repository that is nothing but one: fetched alone, and found again when the hub is not reached."""
     model = random_model("gpt2", vocab_size=96)
