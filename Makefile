@@ -1,5 +1,5 @@
 # make example   answers one question with the embedded checkpoint: the answer on stdout, everything else on stderr
-# make test      runs the tests, but for the long ones: some four minutes   (PYTEST_ARGS="-k cache" narrows it down)
+# make test      runs the tests, but for the long ones: some five minutes   (PYTEST_ARGS="-k cache" narrows it down)
 # make test-all  runs all of them
 # make lint      runs ruff and mypy
 # make clean     removes what the others made

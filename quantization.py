@@ -1,4 +1,4 @@
-"""A HuggingFace GPT-2 → a quantized checkpoint, by NVIDIA ModelOpt's methods or ours, exported by ModelOpt.
+"""A checkpoint of any kind → a quantized one, by NVIDIA ModelOpt's methods or ours, exported by ModelOpt.
 
     python quantization.py --model-type gpt2 --quant-mode int4-weight-only --output gpt2-int4
     python quantization.py --model-type gpt2 --method gptq --bits 4 --group-size 64 --output gpt2-gptq
@@ -10,8 +10,9 @@ is written by ModelOpt's own exporter. The same weights, settings and text give 
 torch, transformers and ModelOpt (requirements/quant.txt) are imported only while a checkpoint is being quantized. What
 `cached_checkpoint` finds in its cache costs none of them.
 
-The way of the data: calibration text → samples → `quantize_model` (ModelOpt observes and chooses scales, or gptq.py
-chooses integers and scales, and ModelOpt's quantizers get those) → `export`.
+The way of the data: a checkpoint → transformers' model of it; calibration text → samples; both → `quantize_model`
+(ModelOpt observes and chooses scales, or gptq.py chooses integers and scales, and ModelOpt's quantizers get those) →
+`export`.
 """
 
 from __future__ import annotations

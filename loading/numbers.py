@@ -14,7 +14,7 @@ import numpy as np
 from conversion import convert, scaled
 from loading.config import CheckpointConfig
 from loading.modelopt_layout import SCALES
-from loading.table import Parameter
+from loading.table import Parameter, Piece
 
 #: Gives a stored tensor, whole, by its name without the layout's prefix.
 Read = Callable[[str], np.ndarray]
@@ -25,6 +25,18 @@ def plain(parameter: Parameter, read: Read, dtype: np.dtype[Any]) -> np.ndarray:
     parts = [convert(piece.name, read(piece.name), dtype, piece.is_transposed) for piece in parameter.pieces]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, parameter.axis)
     return joined if parameter.order is None else joined[parameter.order]
+
+
+def taken_apart(parameter: Parameter, values: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
+    """The stored tensors of which `plain` makes these values: views of them, or of a copy in the order of rows."""
+    if parameter.order is not None:
+        joined = np.empty_like(values)
+        joined[parameter.order] = values
+        values = joined
+    ends = np.cumsum([piece.shape[parameter.axis] for piece in parameter.pieces])
+    parts = np.split(values, ends[:-1], parameter.axis)
+    for piece, part in zip(parameter.pieces, parts, strict=True):
+        yield piece, part.T if piece.is_transposed else part
 
 
 def quantized(

@@ -18,7 +18,7 @@ from loading.containers.tensors import Tensors
 from loading.disk import is_file, look_at, read_json
 from loading.endings import ending_ids, ending_ids_of
 from loading.errors import CheckpointError, listed, shown
-from loading.families import gpt2, gpt_bigcode, gpt_next, llama, santacoder, starcoder2
+from loading.families import gpt2, gpt_bigcode, gpt_next, llama, nemotron, santacoder, stablelm, starcoder2
 from loading.families.gguf_settings import Metadata
 from loading.hub import GENERATION_FILE
 from loading.modelopt_layout import DESCRIPTION_FILE, Description, read_description
@@ -33,6 +33,8 @@ FAMILIES: dict[str, tuple[tuple[str, ...], Reader]] = {
     "gpt2": (gpt2.ARCHITECTURES, gpt2.from_huggingface),
     "gpt_bigcode": (gpt_bigcode.ARCHITECTURES, gpt_bigcode.from_huggingface),
     "starcoder2": (starcoder2.ARCHITECTURES, starcoder2.from_huggingface),
+    "nemotron": (nemotron.ARCHITECTURES, nemotron.from_huggingface),
+    "stablelm": (stablelm.ARCHITECTURES, stablelm.from_huggingface),
     **{kind: (known, llama.from_huggingface(kind)) for kind, known in llama.ARCHITECTURES.items()},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from loading.hub import GENERATION_FILE, TOKENIZER_FILES
 from quantizing.folders import REQUIREMENTS, check_source, quantize_checkpoint
 from quantizing.settings import CALIB_SIZE, QuantizationConfig, QuantizationError
 from quantizing.text import CALIBRATION_TEXT, is_hub_dataset
+from quantizing.torch_model import is_of_transformers
+from tokenizing.sources import BytePairFiles, GgufTokenizer, MetaPickle, SentencePieceModel, TokenizerSource
 
 Report = Callable[[str], None]
 
 #: The rooms that decide what is in a quantized checkpoint.
-SOURCES = ("calibration", "export", "folders", "gptq", "network", "settings", "text", "torch_model")
+SOURCES = ("calibration", "counterpart", "export", "folders", "gptq", "network", "settings", "text", "torch_model")
 
 
 def default_cache() -> Path:
@@ -67,11 +69,16 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     add(_read_bytes(Path(__file__).parent.parent / REQUIREMENTS))  # ModelOpt's version, without importing it
     for source in SOURCES:
         add(_read_bytes(Path(__file__).parent / f"{source}.py"))
+    if not is_of_transformers(checkpoint.path):  # what is in the files is told by our own readers then
+        root = Path(__file__).parent.parent
+        for reader in (root / "conversion.py", *sorted((root / "loading").rglob("*.py"))):
+            add(_read_bytes(reader))
     add(repr(checkpoint.config.eos_token_ids).encode())
-    for file in (*TOKENIZER_FILES, GENERATION_FILE):
-        if (checkpoint.path / file).is_file():
-            add(file.encode())
-            add(_read_bytes(checkpoint.path / file))
+    for part in _tokenizer_parts(checkpoint.tokenizer_source):
+        add(part)
+    if (checkpoint.path / GENERATION_FILE).is_file():
+        add(GENERATION_FILE.encode())
+        add(_read_bytes(checkpoint.path / GENERATION_FILE))
     if config.needs_calibration:
         data = config.calib_data
         is_file = data is None or not is_hub_dataset(data)
@@ -86,6 +93,25 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
         *([f"kv-{config.kv_cache_dtype}"] if config.kv_cache_dtype != "float16" else []),
     ]
     return f"{'-'.join(kinds)}-{digest.hexdigest()[:20]}"
+
+
+def _tokenizer_parts(source: TokenizerSource) -> Iterator[bytes]:
+    """What a tokenizer is made from, as it is: to write its files takes longer than to find what is in the cache."""
+    match source:
+        case Path():
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    yield name.encode()
+                    yield _read_bytes(source / name)
+        case MetaPickle():
+            yield _read_bytes(source.path)
+        case GgufTokenizer():
+            yield repr(sorted(source.metadata.items())).encode()
+        case SentencePieceModel():
+            yield source.content
+        case BytePairFiles():
+            yield source.vocabulary
+            yield source.merges
 
 
 def _read_bytes(path: Path) -> bytes:

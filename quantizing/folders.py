@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import shutil
 import tempfile
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from loading.checkpoint import Checkpoint
-from loading.hub import GENERATION_FILE, TOKENIZER_FILES
+from loading.hub import GENERATION_FILE
 from quantizing.calibration import quantize_model
+from quantizing.counterpart import counterpart_of
 from quantizing.export import export
 from quantizing.quiet import quiet
 from quantizing.settings import QuantizationConfig, QuantizationError
 from quantizing.text import calibration_samples
-from quantizing.torch_model import load_torch_model
+from quantizing.torch_model import build_torch_model, is_of_transformers, load_torch_model
 
 REQUIREMENTS = "requirements/quant.txt"
 
@@ -44,7 +46,8 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
     except OSError as error:
         raise QuantizationError(f"cannot write {folder}: {error.strerror}") from None
     try:
-        model = load_torch_model(checkpoint.path)
+        opens = is_of_transformers(checkpoint.path)
+        model = load_torch_model(checkpoint.path) if opens else build_torch_model(checkpoint)
         quantize_model(model, config, samples)
         _export_or_say_why(model, partial, config)
         (partial / GENERATION_FILE).unlink(missing_ok=True)  # transformers' idea of it: the checkpoint's own counts
@@ -63,14 +66,17 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
 
 def _kept_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """What the quantized checkpoint has as the other has it: read before the work, which would be in vain without."""
-    contents: dict[str, bytes] = {}
-    for name in (*TOKENIZER_FILES, GENERATION_FILE):
-        path = checkpoint.path / name
-        try:
-            if path.is_file():
-                contents[name] = path.read_bytes()
-        except OSError as error:
-            raise QuantizationError(f"cannot read {path}: {error.strerror}") from None
+    from tokenizing.export import files_of
+
+    contents, path = files_of(checkpoint.tokenizer_source), checkpoint.path / GENERATION_FILE
+    try:
+        if path.is_file():
+            contents[GENERATION_FILE] = path.read_bytes()
+        elif not is_of_transformers(checkpoint.path) and checkpoint.config.eos_token_ids:
+            ends = {"eos_token_id": checkpoint.config.eos_token_ids}
+            contents[GENERATION_FILE] = (json.dumps(ends, indent=2) + "\n").encode()
+    except OSError as error:
+        raise QuantizationError(f"cannot read {path}: {error.strerror}") from None
     return contents
 
 
@@ -92,8 +98,8 @@ def check_source(checkpoint: Checkpoint, config: QuantizationConfig) -> None:
     """Refuses what cannot be quantized as asked, from its config alone."""
     if checkpoint.config.quant_mode is not None or checkpoint.config.kv_cache_dtype is not None:
         raise QuantizationError(f"expected a checkpoint that is not quantized yet but {checkpoint.path} is")
-    if not (checkpoint.path / "config.json").is_file():
-        raise QuantizationError(f"expected a folder in HuggingFace's format to quantize but got {checkpoint.path}")
+    if not is_of_transformers(checkpoint.path):
+        counterpart_of(checkpoint)
     if config.mode == "int4-weight-only":
         widths = {
             "h.0.attn.c_attn": checkpoint.config.n_embd,

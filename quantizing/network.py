@@ -45,12 +45,15 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GPT2 = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
 _LLAMA = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 _STARCODER2 = (_QKV, ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",))
+_NEMOTRON = (_QKV, ("self_attn.o_proj",), ("mlp.up_proj",), ("mlp.down_proj",))
 
 #: model_type → what transformers makes of it.
 NETWORKS = {
     "gpt2": Network("GPT2LMHeadModel", "transformer", "h", _GPT2, "wte", "wpe"),
     "gpt_bigcode": Network("GPTBigCodeForCausalLM", "transformer", "h", _GPT2, "wte", "wpe"),
     "starcoder2": Network("Starcoder2ForCausalLM", "model", "layers", _STARCODER2, "embed_tokens"),
+    "nemotron": Network("NemotronForCausalLM", "model", "layers", _NEMOTRON, "embed_tokens"),
+    "stablelm": Network("StableLmForCausalLM", "model", "layers", _LLAMA, "embed_tokens"),
     "llama": Network("LlamaForCausalLM", "model", "layers", _LLAMA, "embed_tokens"),
     "mistral": Network("MistralForCausalLM", "model", "layers", _LLAMA, "embed_tokens"),
     "granite": Network("GraniteForCausalLM", "model", "layers", _LLAMA, "embed_tokens"),

@@ -12,9 +12,12 @@ import yaml
 
 Tensors = dict[str, torch.Tensor]
 
+EPSILONS = {"llama": "rms_norm_eps", "nemotron": "norm_eps", "stablelm": "layer_norm_eps"}
+NORMS = {"llama": "rmsnorm", "nemotron": "layernorm1p", "stablelm": "layernorm"}
+
 
 def config_of(model: Any, **changes: Any) -> dict[str, Any]:
-    """A model_config.yaml of a GPT-2, a Llama or a Nemotron. A change to None takes a setting away."""
+    """A model_config.yaml of a GPT-2, a Llama, a Nemotron or a StableLM. A change to None takes a setting away."""
     config, kind = model.config, model.config.model_type
     settings: dict[str, Any] = {
         "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
@@ -34,9 +37,9 @@ def config_of(model: Any, **changes: Any) -> dict[str, Any]:
             "num_query_groups": config.num_key_value_heads,
             "position_embedding_type": "rope",
             "rotary_base": config.rope_parameters["rope_theta"],
-            "layernorm_epsilon": config.rms_norm_eps if kind == "llama" else config.norm_eps,
-            "normalization": "rmsnorm" if kind == "llama" else "layernorm1p",
-            "activation": "fast-swiglu" if kind == "llama" else "squared-relu",
+            "layernorm_epsilon": getattr(config, EPSILONS[kind]),
+            "normalization": NORMS[kind],
+            "activation": "squared-relu" if kind == "nemotron" else "fast-swiglu",
             "rotary_percentage": config.rope_parameters.get("partial_rotary_factor", 1.0),
         }
     return {name: value for name, value in (settings | changes).items() if value is not None}

@@ -15,6 +15,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {}),
     "nemotron": (transformers.NemotronConfig, transformers.NemotronForCausalLM, {}),
+    "stablelm": (transformers.StableLmConfig, transformers.StableLmForCausalLM, {}),
     "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM, {}),
 }
 _GPT2_SIZES = {"n_positions": 48, "n_layer": 2}

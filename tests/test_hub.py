@@ -18,6 +18,8 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from nemo_archives import write_nemo
+from random_models import random_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weight_loader
@@ -75,10 +77,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, with_body: bool) -> None:
         name, _, rest = unquote(self.path).lstrip("/").partition("/resolve/")
+        if name.startswith("api/models/"):
+            name, _, rest = name.partition("/revision/")
+            rest = rest or "main"
         revision, _, file = rest.partition("/")
         wanted = self.headers.get("Range")
         self.hub.log.append((self.command, file, wanted))
-        revisions = self.hub.repositories.get(name)
+        revisions = self.hub.repositories.get(name.removeprefix("api/models/"))
         if revisions is None:
             return self.refuse(404, "RepoNotFound")
         if name in self.hub.gated and self.headers.get("Authorization") != "Bearer hf_valid":
@@ -87,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
         folder = revisions.get(revision) or by_commit.get(revision)
         if folder is None:
             return self.refuse(404, "RevisionNotFound")
+        if name.startswith("api/models/"):
+            return self.list_files(folder)
         if not (folder / file).is_file():
             return self.refuse(404, "EntryNotFound", commit_of(folder))
         content = (folder / file).read_bytes()
@@ -108,6 +115,15 @@ class Handler(BaseHTTPRequestHandler):
                 content = content[: start + (len(content) - start) // 2]
                 self.close_connection = True
             self.wfile.write(content[start:])
+
+    def list_files(self, folder: Path) -> None:
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        content = json.dumps({"id": "a/b", "sha": commit_of(folder), "siblings": [{"rfilename": n} for n in names]})
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content.encode())))
+        self.end_headers()
+        self.wfile.write(content.encode())
 
 
 @pytest.fixture
@@ -264,6 +280,42 @@ def test_revision(client: Client, hub: Hub, tmp_path: Path) -> None:
     assert client.error("a/b", "v3") == "the hub has 'a/b', but not its revision 'v3'"
 
 
+@pytest.mark.parametrize("kind", ["gguf", pytest.param("nemo", marks=pytest.mark.slow)])
+def test_one_file(client: Client, hub: Hub, tmp_path: Path, kind: str) -> None:
+    """A repository that is nothing but one: fetched alone, and found again when the hub is not reached."""
+    model = random_model("gpt2", vocab_size=96)
+    path = tmp_path / "repo" / f"model.{kind}"
+    path.parent.mkdir()
+    if kind == "nemo":
+        write_nemo(path, model)
+    else:
+        pytest.importorskip("gguf", reason="gguf is not installed: requirements/checkpoints.txt")
+        import gguf_files
+
+        gguf_files.write_gguf(path, model)
+    (tmp_path / "repo" / "README.md").write_text("# a model")
+    hub.repositories["a/b"] = {"main": tmp_path / "repo"}
+    wanted = client.open(str(path))["digest"]
+    result = client.open("a/b")
+    assert result["digest"] == wanted and result["path"].endswith(path.name)
+    assert client.files() == [path.name]
+    hub.log.clear()
+    assert client.open("a/b", HF_HUB_OFFLINE="1") == result and not hub.log
+    assert client.open("a/b") == result and (path.name, None) not in hub.downloads()
+
+
+def test_several_files(client: Client, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    for name in ("b.Q4_0.gguf", "a.nemo"):
+        (tmp_path / "repo" / name).write_bytes(b"GGUF")
+    hub.repositories["a/b"] = {"main": tmp_path / "repo"}
+    assert client.error("a/b") == (
+        "expected one checkpoint in 'a/b', got a.nemo, b.Q4_0.gguf: download one (hf download a/b a.nemo) and name "
+        "the file"
+    )
+    assert client.files() == []
+
+
 # --- not found -------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +326,7 @@ def test_not_found(client: Client) -> None:
 def test_not_a_checkpoint(client: Client, hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "repo").mkdir()
     hub.repositories["a/b"] = {"main": tmp_path / "repo"}
-    assert client.error("a/b") == "'a/b' at the hub is not a checkpoint: it has no config.json"
+    assert client.error("a/b") == "'a/b' at the hub is not a checkpoint: it has no config.json or *.gguf or *.nemo"
     (tmp_path / "repo" / "config.json").write_text('{"model_type": "gpt2"}')
     assert "holds no weights: expected one of model.safetensors" in client.error("a/b")
 

@@ -32,6 +32,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"hidden_size": 64, "intermediate_size": 96}),
     "llama, tied": ("llama", {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"hidden_size": 64, "intermediate_size": 96, "sliding_window": 9}),
+    "nemotron": ("nemotron", {"hidden_size": 64, "intermediate_size": 96}),
+    "stablelm": ("stablelm", {"hidden_size": 64, "intermediate_size": 96, "partial_rotary_factor": 0.5}),
 }
 CASES: dict[str, dict[str, Any]] = {
     "int8": {"mode": "int8-weight-only"},

@@ -31,6 +31,8 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 3}),
     "llama, one group": ("llama", SIZES | {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
     "mistral": ("mistral", SIZES | {"sliding_window": 100}),
+    "nemotron": ("nemotron", SIZES | {"num_key_value_heads": 3}),
+    "stablelm": ("stablelm", SIZES | {"num_key_value_heads": 3, "partial_rotary_factor": 0.5}),
 }
 
 

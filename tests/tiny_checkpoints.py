@@ -105,11 +105,15 @@ def _write(folder: Path, tensors: dict[str, np.ndarray], n_embd: int) -> Path:
     return folder
 
 
-def _byte_tokenizer() -> dict[str, Any]:
-    """A byte-level BPE without merges. GPT-2 writes bytes that do not print as the code points from 256 on."""
+def byte_vocabulary() -> dict[str, int]:
+    """The 256 bytes. GPT-2 writes those that do not print as the code points from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _byte_tokenizer() -> dict[str, Any]:
+    """A byte-level BPE without merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
@@ -118,5 +122,5 @@ def _byte_tokenizer() -> dict[str, Any]:
         "pre_tokenizer": byte_level,
         "post_processor": None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": letters, "merges": []},
+        "model": {"type": "BPE", "vocab": byte_vocabulary(), "merges": []},
     }

@@ -45,7 +45,7 @@ _BACKEND_CLASSES = ("PreTrainedTokenizer", _BACKEND_CLASS, "BloomTokenizer")
 # such a model whatever the files say.
 _CLASS_OF_MODEL = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "starcoder2"), _GPT2_CLASS),
-    **dict.fromkeys(("gpt_bigcode", "granite", "mistral"), _BACKEND_CLASS),
+    **dict.fromkeys(("gpt_bigcode", "granite", "mistral", "nemotron", "stablelm"), _BACKEND_CLASS),
 }
 _MODELS = (*_CLASS_OF_MODEL, "llama")
 # What each class takes for granted where the files do not say otherwise.

@@ -1,16 +1,13 @@
 // Inputs of linear operations as the columns of tiles.
 //
 // A bfloat16 has 8 significant bits, a float32 24: an input is the sum of up to three bfloat16, rounded to the nearest, each
-// of what the ones before it leave. A 16-bit integer is 256 * high + low, both int8. Tokens stand in groups of 16. A group's
-// columns are its parts, kept in one of two orders:
-// - side by side: a token's parts are neighbouring columns, of which each has a sum of its own. A few generated tokens then
-//   fill a few columns of one tile: five of three parts.
-// - one by one: each part of the 16 tokens is a tile, and they are added to the same sums. Prompts fill tiles anyway, and this
-//   way parts may be left out.
+// of what the ones before it leave. A 16-bit integer is 256 * high + low, both int8. Tokens stand in groups of 16, whose
+// columns are their parts:
+// - of integers a token's two bytes are neighbouring columns, each with a sum of its own, so that eight tokens fill a tile;
+// - of floats each part of the 16 tokens is a tile, and they are added to the same sums, so that parts may be left out.
 //
-// How many parts. Generated tokens have three: with few tokens, weights come from memory more slowly than tiles multiply,
-// whatever the number of parts. So have prompts, except where they meet float16 weights, which are two bfloat16 themselves,
-// w = high + low. Of the six products the largest three are taken there: high * x0, high * x1, low * x0. What is left out is
+// How many parts. Three, except where inputs meet float16 weights, which are two bfloat16 themselves, w = high + low. Of the
+// six products the largest three are taken there: high * x0, high * x1, low * x0. What is left out is
 // at most 2^-16 of a term for low * x1 and for high * x2, each. Such inputs are declared float16, which rounds to 2^-11, and
 // their keys and values are kept in it: the program may keep more, but need not. GPT-2 124M's logits after a prompt of 100
 // tokens change by 2e-5 of their spread, where they deviate by 6e-4 from float32's either way.
@@ -32,7 +29,6 @@ constexpr float kLargestInTwoBytes = 127 * 256 + 127;  // = 256 * high + low, bo
 // How a linear operation's inputs are kept.
 struct TileInputs {
     bool integers;
-    bool side_by_side;
     int parts;
     int64_t width;         // padded
     int64_t step_numbers;  // of a row of A in a tile
@@ -47,26 +43,25 @@ struct TileInputs {
     int64_t tiles_at(int64_t group) const { return group * group_floats() + scale_floats(); }
     // Tiles of sums of `tokens` tokens of a group.
     int64_t sum_tiles(int64_t tokens) const {
-        return side_by_side ? (tokens * parts + kTileSide - 1) / kTileSide : 1;
+        return integers ? (tokens * parts + kTileSide - 1) / kTileSide : 1;
     }
 };
 
-inline TileInputs tile_inputs(const Linear& linear, Role role) {
+inline TileInputs tile_inputs(const Linear& linear) {
     TileInputs inputs;
     inputs.integers = linear.integers;
-    inputs.side_by_side = linear.integers || role == Role::generated;
     inputs.width = padded_width(linear.stage.width);
     inputs.step_numbers = linear.integers ? 64 : 32;
     inputs.steps = inputs.width / inputs.step_numbers;
     if (linear.integers) inputs.parts = linear.stage.rounding == Rounding::i8 ? 1 : 2;
     else if (linear.stage.rounding != Rounding::none) inputs.parts = 1;
-    else inputs.parts = role == Role::prompt && linear.weight.dtype == Dtype::f16 ? 2 : 3;
+    else inputs.parts = linear.weight.dtype == Dtype::f16 ? 2 : 3;
     return inputs;
 }
 
 // The column of a token's part, counted through the group's tiles.
 inline int64_t column_of(const TileInputs& inputs, int64_t token, int64_t part) {
-    return inputs.side_by_side ? token * inputs.parts + part : part * kTileSide + token;
+    return inputs.integers ? token * inputs.parts + part : part * kTileSide + token;
 }
 
 // Weights that share a scale and lie in one block of inputs; a multiple of 32, as integer inputs require.
@@ -128,8 +123,7 @@ inline void store_integers(const Linear& linear, const TileInputs& inputs, const
         }
         for (int64_t part = 0; part < inputs.parts; ++part) {
             const int64_t column = column_of(inputs, token, part);
-            scales[start / kInputBlock * inputs.parts * kTileSide + column] =
-                inputs.parts == 2 && part == 0 ? scale * 256 : scale;
+            scales[start / kInputBlock * inputs.parts * kTileSide + column] = scale;
             char* tile = tiles + column / kTileSide * inputs.part_bytes() + start / 64 * kTileBytes;
             for (int64_t step = 0; step < kInputBlock / 64; ++step)
                 store_column(tile + step * kTileBytes, column % kTileSide, bytes[part] + step * 64);
@@ -139,9 +133,9 @@ inline void store_integers(const Linear& linear, const TileInputs& inputs, const
 
 // As Kernels::prepare, where weights are to meet tiles. Columns that belong to no token stay what they are: what a column of
 // sums comes to depends on the same column of inputs alone, and nobody looks at theirs.
-inline void prepare_tiles(const Linear& linear, Role role, const float* x, int64_t begin, int64_t end, float* prepared,
+inline void prepare_tiles(const Linear& linear, const float* x, int64_t begin, int64_t end, float* prepared,
                           float* scratch) {
-    const TileInputs inputs = tile_inputs(linear, role);
+    const TileInputs inputs = tile_inputs(linear);
     for (int64_t t = begin; t < end; ++t) {
         const int64_t token = t % kTokenGroup;
         float* scales = prepared + inputs.scales_at(t / kTokenGroup);

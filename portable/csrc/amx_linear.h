@@ -1,26 +1,21 @@
-// Linear operations with tiles: weights are the rows, inputs the columns. For both roles the same loops: up to 64 rows of
-// weights, 128 numbers at a time, become tiles (amx_weights.h) and meet the columns of up to 256 tokens (amx_inputs.h); the
-// sums wait in scratch memory for the next 128 numbers.
+// Linear operations with tiles: weights are the rows, inputs the columns. Up to 64 rows of weights, 128 numbers at a time,
+// become tiles (amx_weights.h) and meet the columns of up to 256 tokens (amx_inputs.h); the sums wait in scratch memory for
+// the next 128 numbers.
+//
+// Prompts, and more than a few generated tokens where weights are integers. A few of those meet rows of weights as they are
+// (amx_rows.h): a tile takes as long for one token as for 16, and more for converting the weights than memory takes to bring
+// them. The bits are the same, as sums of integers are exact. Those of floats are not, so generated tokens meet floats
+// without tiles (products.h), however many there are: on an Emerald Rapids tiles gave one token 45 % of the speed (float16,
+// 124M; 32 of them 190 %).
 //
 // A sum takes its terms in one order, whatever is computed beside it: a step of 32 or 64 numbers after the other; in a step,
 // of floats, a weight's high half with the parts of the input, the smallest first, then its low half. Of integers the sum of
-// a block, or of what shares a scale, is exact; it becomes float32, gets its scales and is added. Columns that are parts of
-// one token are added up in the end, the smallest first.
-//
-// What this costs, from what was measured on a Xeon (Sapphire Rapids: 3.7 TFLOP/s of bf16 and 7.4 TOP/s of int8 a thread; 16
-// cycles for a product of tiles): 16 rows by 16 tokens by 128 numbers take
-//   float16 prompts    4 steps x 3 products = 192 cycles: a third of the peak, 2.4 TFLOP/s on two threads
-//   bfloat16, E4M3     4 x 3 = 192 cycles
-//   int8, int4         2 x 2 = 64 cycles, and about as long again to scale two tiles of sums, not at the same ports
-// 170 MFLOP a token of GPT-2 124M are then 70 us and, with integers, less than 50 us; OpenVINO's 5,243, 4,768 and 5,633
-// tokens/s are 191, 210 and 178 us for everything, of which what is no product (attention, mostly) takes some 30 us. Converting
-// weights is once for all tokens of a prompt: 16 instructions, six of them on one port, for 32 of float16, or 100 cycles for
-// 512, which makes 2.5 ms for all 85 million on two threads. One generated token: for 1 KB of float16 2 products and those
-// 100 cycles; for 1 KB of int8, or 512 bytes of int4, one product and about 50 cycles for copying and scaling. Memory, at
-// 15 GB/s a thread, takes 240 cycles for 1 KB. All of these are counts of instructions, no measurements.
+// a block, or of what shares a scale, is exact, both bytes of the inputs together; it becomes float32, gets its scales and is
+// added.
 #pragma once
 
 #include "amx_inputs.h"
+#include "amx_rows.h"
 #include "amx_tiles.h"
 #include "amx_weights.h"
 #include "kernels.h"
@@ -32,16 +27,17 @@ namespace nvtripy_portable::ISA {
 constexpr int64_t kTileWeights = 64;          // rows of weights that meet all tokens together, of prompts
 constexpr int64_t kTileGeneratedWeights = 32; // the same of generated tokens: so much is asked for ahead
 constexpr int64_t kGroupsTogether = kPanelTokens / kTokenGroup;
-constexpr int64_t kMostTilesOfGroup = 3;  // generated tokens' floats; of integers there are two, of prompts' floats one
+constexpr int64_t kMostTilesOfGroup = 2;  // of integers; of floats there is one
 constexpr int64_t kTileFloats = kTileBytes / 4;
-constexpr int64_t kMostSums = kGroupsTogether * larger(kTileWeights * 2, kTileGeneratedWeights * 3) / kTileSide;
+constexpr int64_t kMostSums = kGroupsTogether * kTileWeights * kMostTilesOfGroup / kTileSide;
 static_assert(kTileScratch >= kTileWeights * kPanelDepth + kMostSums * kTileFloats);
 
-// Which operations use tiles. The others are float32 weights, and scales of blocks where inputs stay floats.
-inline bool uses_tiles(const Linear& linear) {
+// Which operations are prepared as this file and amx_rows.h want it. Not generated tokens with floats; nor float32 weights,
+// and scales of blocks where inputs stay floats.
+inline bool uses_tiles(const Linear& linear, Role role) {
     const Matrix& weight = linear.weight;
     if (linear.integers) return weight.block % 32 == 0;
-    return weight.dtype != Dtype::f32 && weight.dtype != Dtype::i4 && !weight.block;
+    return role == Role::prompt && weight.dtype != Dtype::f32 && weight.dtype != Dtype::i4 && !weight.block;
 }
 
 // Up to 2 x 2 tiles of sums, the rows' first.
@@ -113,16 +109,28 @@ inline void add_floats(const TileWork& work, int64_t rows, int64_t column) {
     });
 }
 
-// sums = or += products of one tile, times the columns' scales and, where there are any, the rows'.
-inline void add_scaled(const int32_t* products, const float* column_scales, const float* row_scales, float* sums, bool add_to) {
+// Of neighbours, 256 * the first + the second, in the first one's place; what is in the second one's means nothing.
+typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
+template <size_t... kIndex>
+inline Integers both_bytes(Integers x, std::index_sequence<kIndex...>) {
+    return x * 256 + __builtin_shufflevector(x, x, (kIndex ^ 1)...);
+}
+
+// sums = or += products of one tile, times the columns' scales and, where there are any, the rows'. Where an input has two
+// bytes, they are neighbouring columns, and become one number first.
+inline void add_scaled(const int32_t* products, bool two_bytes, const float* column_scales, const float* row_scales, float* sums,
+                       bool add_to) {
     constexpr int kVectors = static_cast<int>(kTileSide) / W;
     F scales[kVectors];
     for (int v = 0; v < kVectors; ++v) scales[v] = load(column_scales + v * W);
 #pragma GCC unroll 4
     for (int m = 0; m < kTileSide; ++m)
         for (int v = 0; v < kVectors; ++v) {
+            Integers numbers;
+            std::memcpy(&numbers, products + m * kTileSide + v * W, sizeof numbers);
+            if (two_bytes) numbers = both_bytes(numbers, std::make_index_sequence<W>());
             I product;
-            std::memcpy(&product, products + m * kTileSide + v * W, sizeof product);
+            std::memcpy(&product, &numbers, sizeof product);
             const F by = row_scales ? mul(scales[v], set1(row_scales[m])) : scales[v];
             float* to = sums + m * kTileSide + v * W;
             store(to, add_to ? fma(to_float(product), by, load(to)) : mul(to_float(product), by));
@@ -150,7 +158,7 @@ inline void add_integers(const TileWork& work, int64_t run, const float* row_sca
         });
         each_sum<kRows, kColumns>([&]<int kTile>(int64_t r, int64_t c) __attribute__((always_inline)) {
             const int64_t scales = work.first / kInputBlock * work.inputs.parts * kTileSide;
-            add_scaled(products[kTile], work.scales[column + c] + scales,
+            add_scaled(products[kTile], work.inputs.parts == 2, work.scales[column + c] + scales,
                        row_scales ? row_scales + start / run * kTileWeights + (rows + r) * kTileSide : nullptr,
                        work.sums_at(rows + r, column + c), work.first + start > 0);
         });
@@ -198,7 +206,7 @@ inline void add_panel(const Linear& linear, const TileWork& work, int64_t begin,
         });
         return;
     }
-    const int parts = work.inputs.side_by_side ? 1 : work.inputs.parts;
+    const int parts = work.inputs.parts;
     if (sides_of(weight) == 2) {
         if (parts == 2) add_float_panel<2, 2>(work, row_tiles);
         else add_float_panel<2, 1>(work, row_tiles);
@@ -223,7 +231,7 @@ inline void turn_tile(const float* tile, float* to) {
 inline void write_sums(const Linear& linear, const TileWork& work, int64_t column, int64_t count, const float* token_scales,
                        int64_t begin, int64_t end, float* y, int64_t y_stride) {
     const TileInputs& inputs = work.inputs;
-    const int64_t columns = inputs.side_by_side ? inputs.parts : 1;  // of a token
+    const int64_t columns = inputs.integers ? inputs.parts : 1;  // of a token
     for (int64_t n = begin; n < end; n += kTileSide) {
         const int64_t rows = smaller(kTileSide, end - n);
         alignas(64) float row_scales[kTileSide] = {}, turned[kMostTilesOfGroup][kTileFloats];
@@ -232,9 +240,7 @@ inline void write_sums(const Linear& linear, const TileWork& work, int64_t colum
             turn_tile(work.sums_at((n - begin) / kTileSide, column + tile), turned[tile]);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t r = 0; r < rows; r += W) {
-                const float* from = turned[0] + t * columns * kTileSide + r;
-                F sum = load(from + (columns - 1) * kTileSide);
-                for (int64_t part = columns - 2; part >= 0; --part) sum = add(sum, load(from + part * kTileSide));
+                F sum = load(turned[0] + t * columns * kTileSide + r);
                 if (token_scales) sum = mul(sum, set1(token_scales[t]));
                 sum = mul(sum, load(row_scales + r));
                 float* to = y + t * y_stride + (n - begin) + r;
@@ -258,8 +264,8 @@ inline void multiply_block(const Linear& linear, Role role, TileWork& work, cons
                                        tile * inputs.part_bytes();
             work.scales[work.columns] = prepared + inputs.scales_at(first_group + group) + tile * kTileSide;
         }
-    // What memory is asked for meanwhile. Generated tokens: the next rows, in the order of the memory, as they are read from
-    // end to end. Prompts: the next numbers of the same rows, since the next rows' turn comes much later.
+    // What memory is asked for meanwhile. For generated tokens: the next rows, in the order of the memory, as they are read from
+    // end to end. For prompts: the next numbers of the same rows, since the next rows' turn comes much later.
     const int64_t row_bytes = weight.row_bytes(), panel_bytes = larger<int64_t>(row_bytes * kPanelDepth / weight.width, 1);
     const auto* rows = static_cast<const char*>(weight.data) + begin * row_bytes;
     const char* ahead = rows + larger((end - begin) * row_bytes, bytes_ahead());
@@ -279,24 +285,31 @@ inline void multiply_block(const Linear& linear, Role role, TileWork& work, cons
 }
 
 inline int64_t prepared_floats_for_tiles(const Linear& linear, Role role, int64_t tokens) {
-    if (!uses_tiles(linear)) return prepared_floats(linear, role, tokens);
-    return (tokens + kTokenGroup - 1) / kTokenGroup * tile_inputs(linear, role).group_floats();
+    if (!uses_tiles(linear, role)) return prepared_floats(linear, role, tokens);
+    if (meets_rows(role, tokens)) return tokens * integer_row_floats(linear.stage.width);
+    return (tokens + kTokenGroup - 1) / kTokenGroup * tile_inputs(linear).group_floats();
 }
 
 inline void prepare_for_tiles(const Linear& linear, Role role, const float* x, int64_t tokens, int64_t begin, int64_t end,
                               float* prepared, float* scratch) {
-    if (uses_tiles(linear)) prepare_tiles(linear, role, x, begin, end, prepared, scratch);
-    else prepare_tokens(linear, role, x, tokens, begin, end, prepared, scratch);
+    if (uses_tiles(linear, role)) {
+        if (meets_rows(role, tokens)) prepare_rows(linear, x, begin, end, prepared, scratch);
+        else prepare_tiles(linear, x, begin, end, prepared, scratch);
+    } else prepare_tokens(linear, role, x, tokens, begin, end, prepared, scratch);
 }
 
 inline void multiply_with_tiles(const Linear& linear, Role role, const float* prepared, int64_t tokens, int64_t first,
                                 int64_t count, int64_t begin, int64_t end, float* y, int64_t y_stride, float* scratch) {
-    if (!uses_tiles(linear)) {
+    if (!uses_tiles(linear, role)) {
         multiply(linear, role, prepared, tokens, first, count, begin, end, y, y_stride, scratch);
         return;
     }
+    if (meets_rows(role, tokens)) {
+        multiply_rows(linear, prepared + first * integer_row_floats(linear.stage.width), count, begin, end, y, y_stride);
+        return;
+    }
     TileWork work;
-    work.inputs = tile_inputs(linear, role);
+    work.inputs = tile_inputs(linear);
     work.panel = {reinterpret_cast<char*>(scratch), kPanelDepth / work.inputs.step_numbers, sides_of(linear.weight)};
     work.sums = scratch + kTileWeights * kPanelDepth;
     const TileUse use(linear.integers && run_of(linear.weight) == 32 ? 32 : 64);

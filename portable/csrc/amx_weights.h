@@ -26,10 +26,6 @@ struct PanelTiles {
     }
 };
 
-// Asks for memory that is read once and used a while later: what comes is to wait in the second-level cache, which is 2 MB
-// wherever there is AMX. Inlined always: GCC takes a function that only prefetches for one that does nothing.
-__attribute__((always_inline)) inline void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 // The upper halves of 2W float32: bfloat16, where the lower ones are zeros or not wanted.
 typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
 typedef uint16_t Halves __attribute__((vector_size(sizeof(F))));

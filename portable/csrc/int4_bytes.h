@@ -17,6 +17,11 @@ namespace nvtripy_portable::ISA {
 
 constexpr float kLargestForInt4 = 127 * 256 + 127;
 
+// The lower int4 of each byte, plus 8.
+inline I unsigned_nibbles(I bytes) {
+    return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6A);  // (bytes & 15) ^ 8
+}
+
 // 128 integers in [-32768, kLargestForInt4] as described above, and where their sums begin.
 inline void arrange_for_int4(const int16_t* values, int16_t* to, int32_t* begin) {
     auto* parts = reinterpret_cast<int8_t*>(to);
@@ -57,7 +62,6 @@ inline void byte_tile(const Matrix& weight, const IntegerRow* x, int64_t n, floa
     const auto* base = static_cast<const uint8_t*>(weight.data) + n * row_bytes;
     const float* scales = weight.scales + n * weight.scale_stride;
     const int64_t blocks = (weight.width + 127) / 128, whole = weight.width / 128;
-    const __m512i mask = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
     F sums[kTokens][kRows];
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t)
@@ -66,8 +70,7 @@ inline void byte_tile(const Matrix& weight, const IntegerRow* x, int64_t n, floa
     const auto add_block = [&](int64_t b, const __m512i (&words)[kRows]) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-            const __m512i even = _mm512_ternarylogic_epi32(words[r], mask, eight, 0x6A);  // (words & mask) ^ eight
-            const __m512i odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words[r], 4), mask, eight, 0x6A);
+            const I even = unsigned_nibbles(words[r]), odd = unsigned_nibbles(_mm512_srli_epi16(words[r], 4));
             const float* own = scales + r * weight.scale_stride;
             F scale = zero();
             if constexpr (kScales == Scales::group)

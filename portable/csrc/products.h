@@ -1,5 +1,5 @@
 // Products of float32 rows with rows of weights, for generated tokens. Up to 4 of them meet the weights as these are stored,
-// which are read once; for more, 12 rows at a time are widened to float32 in a buffer that fits the first-level cache, and
+// which are read once; up to 8 meet a few rows at a time, which stay in the first-level cache meanwhile; for more, 12 rows at a time are widened to float32 in a buffer that fits the first-level cache, and
 // meet all tokens there.
 //
 // Either way a row's sum is the same to the last bit: it runs along both rows, 2W numbers at a time, for kPanelWidth numbers;
@@ -14,12 +14,12 @@
 namespace nvtripy_portable::ISA {
 
 #if ISA_NUMBER(ISA) == 3
-constexpr int kTokensTogether = 4, kTileRows = 3;  // two sums each: 24 of 32 registers
+constexpr int kTokensTogether = 3, kTileRows = 4;  // two sums each: 24 of 32 registers
 #else
 constexpr int kTokensTogether = 3, kTileRows = 2;  // 12 of 16 registers
 #endif
 static_assert(kPanelRows % kTileRows == 0);
-constexpr int kFewTokens = 4;
+constexpr int kFewTokens = 4, kSomeTokens = 8;
 
 // What lanes have come to, added to the sum of the numbers before.
 inline float added(float before, const F (&lanes)[2]) { return before + sum(add(lanes[0], lanes[1])); }
@@ -42,11 +42,20 @@ inline void tile(const float* x, int64_t x_stride, const float* panel, int64_t w
             }
         }
     }
-    for (int t = 0; t < kTokens; ++t)
+    for (int t = 0; t < kTokens; ++t) {
+#if ISA_NUMBER(ISA) == 3
+        if constexpr (kRows == 4) {
+            F lanes[4];
+            for (int r = 0; r < 4; ++r) lanes[r] = add(sums[t][r][0], sums[t][r][1]);
+            add_four(y + t * y_stride, sum_four(lanes), add_to);
+            continue;
+        }
+#endif
         for (int r = 0; r < kRows; ++r) {
             float* to = y + t * y_stride + r;
             *to = added(add_to ? *to : 0.0f, sums[t][r]);
         }
+    }
 }
 
 template <int kRows>
@@ -63,17 +72,23 @@ inline void tiles(const float* x, int64_t x_stride, int64_t tokens, const float*
 // Scales of blocks belong to the numbers; one for a row to its sum.
 inline bool scales_numbers(const Matrix& weight) { return weight.block || weight.dtype == Dtype::i4; }
 
+__attribute__((always_inline)) inline void prefetch_later(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 inline void panel_products(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin,
                            int64_t end, float* y, int64_t y_stride, float* panel) {
     Matrix numbers = weight;
+    const int64_t row_bytes = weight.row_bytes();
     if (!scales_numbers(weight)) numbers.scales = nullptr;
-    // The inputs' slice of 512 columns stays in the second-level cache while all panels meet it.
-    for (int64_t k = 0; k < weight.width; k += kPanelWidth) {
-        const int64_t width = smaller(kPanelWidth, weight.width - k);
-        const int64_t padded = (width + 2 * W - 1) / (2 * W) * (2 * W);
-        for (int64_t n = begin; n < end; n += kPanelRows) {
-            const int64_t rows = smaller(kPanelRows, end - n);
+    // Panel by panel along the rows, so that memory is read nearly from end to end; the inputs stay in the second-level cache.
+    for (int64_t n = begin; n < end; n += kPanelRows) {
+        const int64_t rows = smaller(kPanelRows, end - n);
+        for (int64_t k = 0; k < weight.width; k += kPanelWidth) {
+            const int64_t width = smaller(kPanelWidth, weight.width - k);
+            const int64_t padded = (width + 2 * W - 1) / (2 * W) * (2 * W);
             for (int64_t r = 0; r < rows; ++r) {
+                // The next panel's, which is wanted when all tokens have met this one.
+                const auto* next = static_cast<const char*>(weight.data) + (n + kPanelRows + r) * row_bytes + k * row_bytes / weight.width;
+                for (int64_t i = 0; i < width * row_bytes / weight.width; i += 64) prefetch_later(next + i);
                 dequantize(numbers, n + r, k, width, panel + r * kPanelWidth);
                 for (int64_t i = width; i < padded; ++i) panel[r * kPanelWidth + i] = 0;
             }
@@ -128,6 +143,14 @@ inline void direct_row(const typename Numbers::Stored* w, int64_t width, const f
             }
             add_two(row, k);
         }
+#if ISA_NUMBER(ISA) == 3
+        if constexpr (kTokens == 4) {
+            F lanes[4];
+            for (int t = 0; t < 4; ++t) lanes[t] = add(sums[t][0], sums[t][1]);
+            add_four(before, sum_four(lanes), true);
+            continue;
+        }
+#endif
         for (int t = 0; t < kTokens; ++t) before[t] = added(before[t], sums[t]);
     }
     for (int t = 0; t < kTokens; ++t) y[t * y_stride] = before[t] * Numbers::kFactor;
@@ -144,6 +167,14 @@ inline void direct_products(const Matrix& weight, const float* x, int64_t x_stri
 template <class Numbers>
 inline void few_products(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin,
                          int64_t end, float* y, int64_t y_stride) {
+    constexpr int64_t kRowsTogether = 8;
+    if (tokens > kFewTokens) {
+        for (int64_t n = begin; n < end; n += kRowsTogether)
+            for (int64_t t = 0; t < tokens; t += kFewTokens)
+                few_products<Numbers>(weight, x + t * x_stride, x_stride, smaller<int64_t>(kFewTokens, tokens - t), n,
+                                      smaller(n + kRowsTogether, end), y + t * y_stride + (n - begin), y_stride);
+        return;
+    }
     switch (tokens) {
         case 1: direct_products<Numbers, 1>(weight, x, x_stride, begin, end, y, y_stride); break;
         case 2: direct_products<Numbers, 2>(weight, x, x_stride, begin, end, y, y_stride); break;
@@ -154,7 +185,7 @@ inline void few_products(const Matrix& weight, const float* x, int64_t x_stride,
 
 inline void products(const Matrix& weight, const float* x, int64_t x_stride, int64_t tokens, int64_t begin,
                      int64_t end, float* y, int64_t y_stride, float* panel) {
-    if (tokens > kFewTokens || scales_numbers(weight)) {
+    if (tokens > kSomeTokens || scales_numbers(weight)) {
         panel_products(weight, x, x_stride, tokens, begin, end, y, y_stride, panel);
     } else {
         switch (weight.dtype) {

@@ -35,6 +35,20 @@ inline float sum(F x) {
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
+// The same of four vectors, added up in the same order: element i is the sum of v[i].
+inline __m128 sum_four(const F (&v)[4]) {
+    const auto halves = [](F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
+    const F ab = halves(v[0], v[1]), cd = halves(v[2], v[3]);
+    F each = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    each = add(each, _mm512_permute_ps(each, 0x4e));
+    each = add(each, _mm512_permute_ps(each, 0xb1));
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, each));
+}
+// Four numbers of memory become, or get added, these.
+inline void add_four(float* to, __m128 x, bool add_to) {
+    _mm_storeu_ps(to, _mm_add_ps(add_to ? _mm_loadu_ps(to) : _mm_setzero_ps(), x));
+}
+
 inline F load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -85,6 +99,30 @@ inline F spread(const float* p) {
     return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(_mm_loadu_ps(p)));
 }
 
+// Of four vectors of integers: lane 4 q + i of the result is the sum of v[i]'s lanes 4 q to 4 q + 3.
+inline I add_neighbours(const I* v) {
+    const auto pair = [](I a, I b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+    const I first = pair(v[0], v[1]), second = pair(v[2], v[3]);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+}
+// Of 16: element i is the sum of v[i]'s lanes.
+inline I add_lanes(const I (&v)[16]) {
+    const auto halves = [](I a, I b) {
+        return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+    };
+    return halves(halves(add_neighbours(v), add_neighbours(v + 4)), halves(add_neighbours(v + 8), add_neighbours(v + 12)));
+}
+// The same of each quarter of the lanes: element i of to[q] is the sum of v[i]'s lanes 4 q to 4 q + 3.
+inline void add_quarters(const I (&v)[16], I (&to)[4]) {
+    const I a = add_neighbours(v), b = add_neighbours(v + 4), c = add_neighbours(v + 8), d = add_neighbours(v + 12);
+    const I even_ab = _mm512_shuffle_i64x2(a, b, 0x88), odd_ab = _mm512_shuffle_i64x2(a, b, 0xdd);
+    const I even_cd = _mm512_shuffle_i64x2(c, d, 0x88), odd_cd = _mm512_shuffle_i64x2(c, d, 0xdd);
+    to[0] = _mm512_shuffle_i64x2(even_ab, even_cd, 0x88);
+    to[1] = _mm512_shuffle_i64x2(odd_ab, odd_cd, 0x88);
+    to[2] = _mm512_shuffle_i64x2(even_ab, even_cd, 0xdd);
+    to[3] = _mm512_shuffle_i64x2(odd_ab, odd_cd, 0xdd);
+}
+
 // Rows become columns.
 inline void transpose(F (&v)[16]) {
     __m512d pairs[16];
@@ -124,6 +162,8 @@ inline F as_floats(S x) { return _mm512_castsi512_ps(x); }
 inline void store_s(int16_t* p, S x) { _mm512_storeu_si512(p, x); }
 // sum = dot(sum, a, b), in place: GCC 12 copies the sums of the intrinsic from register to register, and to memory too.
 inline void add_dot(I& sum, S a, S b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+// The same of four bytes a lane, a's without a sign, b's with one.
+inline void add_byte_dot(I& sum, S a, S b) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 // Two numbers, over and over.
 inline S set1_pair(const int16_t* p) {
     int32_t pair;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import logits_of, random_model
 from safetensors.torch import load_file, save_file
+from santacoder_files import santacoder
 from test_model import relative_error, stateless_logits
 
 from engine import Engine, compile_model, config_of, load_model
@@ -108,6 +110,24 @@ def test_gpt_bigcode(tmp_path: Path, config: dict[str, Any], seed: int) -> None:
     check(random_model("gpt_bigcode", seed, **config), tmp_path)
 
 
+PARTS = (
+    {},  # a half in Nemotron, a quarter in StableLM
+    {"partial_rotary_factor": 1.0, "rope_theta": 500.0},
+    {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.75}},
+)
+
+
+@pytest.mark.parametrize("rope", PARTS, ids=str)
+def test_nemotron(tmp_path: Path, rope: dict[str, Any]) -> None:
+    has_bias = "rope_parameters" in rope
+    check(random_model("nemotron", attention_bias=has_bias, mlp_bias=has_bias, **copy.deepcopy(rope)), tmp_path)
+
+
+@pytest.mark.parametrize("rope", PARTS, ids=str)
+def test_stablelm(tmp_path: Path, rope: dict[str, Any]) -> None:
+    check(random_model("stablelm", hidden_act="gelu" if rope else "silu", **copy.deepcopy(rope)), tmp_path)
+
+
 @pytest.mark.parametrize("window", [None, 3, 4096])
 def test_mistral(tmp_path: Path, window: int | None) -> None:
     check(random_model("mistral", sliding_window=window), tmp_path)
@@ -146,29 +166,6 @@ def test_containers_of_new_families(tmp_path: Path, name: str) -> None:
         (tmp_path / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / name)
     check_folder(tmp_path, logits_of(model, IDX))
-
-
-def santacoder(model: Any, folder: Path, prefix: str = "transformer.") -> Path:
-    """A multi-query GPTBigCode in SantaCoder's original layout."""
-    tensors = {}
-    width, size = model.config.n_embd, model.config.n_embd // model.config.n_head
-    for name, tensor in model.transformer.state_dict().items():
-        if name.endswith(("c_attn.weight", "c_attn.bias")):
-            q, kv = tensor.split((width, 2 * size))
-            stem, _, kind = name.rpartition("c_attn.")
-            tensors |= {f"{stem}q_attn.{kind}": q.t().contiguous(), f"{stem}kv_attn.{kind}": kv.t().contiguous()}
-        else:
-            tensors[name] = tensor.T.contiguous() if name.endswith(("c_proj.weight", "c_fc.weight")) else tensor
-    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    for layer in range(model.config.n_layer):
-        tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48, dtype=torch.bool)
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
-    config = {key: getattr(model.config, key) for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
-    config |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadCustomModel"], "activation_function": "gelu_fast"}
-    config |= {"attention_head_type": "multiquery", "eos_token_id": 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
@@ -215,6 +212,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("granite", {"logits_scaling": 8}, "logits_scaling=8 is not supported"),
     ("granite", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not supported"),
     ("granite", {"attention_multiplier": 0.015625}, "attention_multiplier=0.015625 is not supported"),
+    (
+        "nemotron",
+        {"rope_parameters": {"partial_rotary_factor": 0.4}},
+        "an even number of a head's 8 dimensions, got 0.4",
+    ),
+    (
+        "stablelm",
+        {"rope_parameters": {"partial_rotary_factor": 1.5}},
+        "an even number of a head's 8 dimensions, got 1.5",
+    ),
+    ("stablelm", {"use_qkv_bias": True}, "use_qkv_bias=true is not supported, only use_qkv_bias=false"),
+    ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=true is not supported"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=true is not supported"),
     ("gpt_bigcode", {"multi_query": "yes"}, "expected multi_query to be true or false"),
     ("gpt_bigcode", {"multi_query": False}, r"h.0.attn.c_attn.weight \(expected \(96, 32\), got \(48, 32\)\)"),
     ("gpt2", {"attention_head_type": "grouped"}, "attention_head_type to be multihead or multiquery, got"),

@@ -89,7 +89,8 @@ def test_the_ids_are_the_same(tmp_path: Path, name: str) -> None:
         assert after.eos_id == before.eos_id == theirs.eos_token_id and after.prefix == before.prefix
 
 
-def test_a_sentencepiece_model_is_written_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", [None, "gpt2", "llama", "starcoder2", "nemotron", "stablelm"])
+def test_a_sentencepiece_model_is_written_as_it_is(tmp_path: Path, model_type: str | None) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="makes the model")
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -98,6 +99,8 @@ def test_a_sentencepiece_model_is_written_as_it_is(tmp_path: Path) -> None:
     source = SentencePieceModel(Path("a.nemo"), written.getvalue())
     for file, content in files_of(source).items():
         (tmp_path / file).write_bytes(content)
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     before, after = load_tokenizer(source, VOCABULARY), load_tokenizer(tmp_path, VOCABULARY)
     for text in TEXTS:
         if "<s>" not in text:  # which is special in a folder

@@ -37,6 +37,8 @@ FOLDERS: dict[str, tuple[str, str | None, dict[str, Any] | None]] = {
     "santacoder": ("starcoder", "gpt2", _BYTE_LEVEL),
     "starcoder2": ("starcoder", "starcoder2", _BYTE_LEVEL),
     "granite": ("starcoder", "granite", {"tokenizer_class": "GPT2Tokenizer"}),
+    "stablelm": ("starcoder", "stablelm", {"tokenizer_class": "GPT2Tokenizer"}),
+    "nemotron": ("llama2", "nemotron", {**_LLAMA, "legacy": True}),
     "smollm2": ("starcoder", "llama", {**_BYTE_LEVEL, "additional_special_tokens": ["<|im_start|>"]}),
     "bare": ("starcoder", None, None),
     "llama3": ("llama3", "llama", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eot_id|>"}),
