@@ -57,9 +57,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     server.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines, too (default %(default)s)")
     server.add_argument("--port", metavar="N", type=int, default=PORT, help="0: any that is free (default %(default)s)")
     key = server.add_mutually_exclusive_group()
-    key.add_argument("--api-key", metavar="KEY", help="requests have to send it (default: NANOGPT_TRIPY_API_KEY, if set)")
+    key.add_argument(
+        "--api-key", metavar="KEY", help="requests have to send it (default: NANOGPT_TRIPY_API_KEY, if set)"
+    )
     key.add_argument("--api-key-file", metavar="FILE", type=command_line.path, help="the key is on its first line")
-    server.add_argument("--max-queue", metavar="N", type=int, default=256, help="answers that wait (default %(default)s)")
+    server.add_argument(
+        "--max-queue", metavar="N", type=int, default=256, help="answers that wait (default %(default)s)"
+    )
     server.add_argument(
         "--max-connections", metavar="N", type=int, default=1024, help="at the same time (default %(default)s)"
     )
@@ -137,7 +141,9 @@ def check_packages() -> None:
         import starlette
         import uvicorn
     except ImportError as error:
-        raise UsageError(f"serving needs the packages of {REQUIREMENTS} ({error}): pip install -r {REQUIREMENTS}") from None
+        raise UsageError(
+            f"serving needs the packages of {REQUIREMENTS} ({error}): pip install -r {REQUIREMENTS}"
+        ) from None
     del jinja2, msgspec, prometheus_client, starlette, uvicorn
 
 
@@ -177,9 +183,7 @@ def build_service(options: argparse.Namespace) -> Service:
     engines = engine_cache.chosen(options, lambda message: command_line.report(f"serve.py: {message}"))
     cache_bytes = None if options.cache_memory is None else options.cache_memory << 20
     try:
-        opened = open_model(
-            checkpoint, options.dtype, options.max_num_seqs, cache_bytes, engines, command_line.report
-        )
+        opened = open_model(checkpoint, options.dtype, options.max_num_seqs, cache_bytes, engines, command_line.report)
         speculation = _speculation(options, engines)
     except EngineError as error:
         raise UsageError(str(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,8 @@ class TokenScores:
 
 
 class Uniforms:
-    """Random numbers from 0 up to but not with 1, by (seed, sample, index): those that ``generation.Sampler`` draws with
-    the same seed and sample, one after the other (Philox, Salmon et al. 2011)."""
+    """Random numbers from 0 up to but not with 1, by (seed, sample, index): those that ``generation.Sampler`` draws
+    with the same seed and sample, one after the other (Philox, Salmon et al. 2011)."""
 
     def __init__(self, seed: int, sample: int) -> None:
         self._key = np.array([seed, sample], np.uint64)
@@ -101,7 +102,7 @@ class Drawer:
             raise LogitsError.because(error) from None
 
     def _adjustment(self, generated: list[int], ending_is_early: bool) -> sampling.Adjustment:
-        changes: dict[str, np.ndarray] = {}
+        changes: dict[str, Any] = {}
         if self._has_penalties:
             counts = self._count(generated)
             changes["seen"] = np.fromiter(counts.keys(), np.int32, len(counts))

@@ -10,7 +10,8 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as Sequence_
+from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -127,7 +128,7 @@ class ServingEngine:
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="serving engine", daemon=True)
 
-    # --- called by anyone ----------------------------------------------------------------------------------------------
+    # --- called by anyone ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         self._thread.start()
@@ -182,7 +183,7 @@ class ServingEngine:
         if room < 0 or (settings.max_tokens > 0 and room + 1 < settings.max_tokens):
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {settings.max_tokens}: expected at most "
-                f"{self.decoder.context + 1} together, the model's context and the last token, which needs no place in it",
+                f"{self.decoder.context + 1} together, the model's context and one more",
                 "prompt" if room < 0 else "max_tokens",
             )
         ticket = Ticket()
@@ -209,7 +210,7 @@ class ServingEngine:
             self._inbox.append(lambda: self._cancel(ticket, choice))
             self._wake.notify()
 
-    # --- the thread ----------------------------------------------------------------------------------------------------
+    # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Serving where NVIDIA's runtime runs the model: a static batch, whose rows are pages that hold a whole sequence each."""
+"""Serving where NVIDIA's runtime runs the model: a static batch, whose rows are pages, a whole sequence each."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Adjustment:
         seen, counts: The ids of a text so far, int32, and how often each was generated, int32; 0: it is of the prompt
             only.
         repetition: What a logit above 0 of a token that was seen is divided by, and any other multiplied with (Keskar
-            et al. 2019). Of every one's generated tokens ``frequency`` times the count, and ``presence``, are taken off.
+            et al. 2019). For those that were generated ``frequency`` times the count, and ``presence``, are taken off.
         allowed: Where there are any, all other ids get minus infinity.
         forbidden: Ids that get minus infinity.
     """

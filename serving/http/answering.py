@@ -119,7 +119,7 @@ async def _events(
     try:
         some: list[tuple[int, Update]] | None = first
         while some is not None:
-            events = []
+            events: list[bytes] = []
             for number, update in _merged(some):
                 if update.error is not None:
                     yield b"".join(events) + _event(error_body(500, update.error))

@@ -154,7 +154,9 @@ async def _tokenizer_info(service: Service, request: Request) -> Response:
 async def _health(service: Service, request: Request) -> Response:
     stuck = service.engine.stuck_for
     if stuck > STUCK_SECONDS:
-        return error_response(503, "the engine has ended" if stuck == float("inf") else f"a step has taken {stuck:.0f} s")
+        return error_response(
+            503, "the engine has ended" if stuck == float("inf") else f"a step has taken {stuck:.0f} s"
+        )
     return _json({"status": "ok"})
 
 
@@ -171,4 +173,6 @@ async def _openapi(service: Service, request: Request) -> Response:
 
 
 async def _page(service: Service, request: Request) -> Response:
-    return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"})
+    return HTMLResponse(
+        _PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"}
+    )

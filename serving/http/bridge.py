@@ -85,4 +85,3 @@ class Bridge:
                 self._answers.pop(ticket, None)
                 if not ticket.is_finished:
                     engine.cancel(ticket)
-

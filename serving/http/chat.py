@@ -48,7 +48,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
@@ -93,7 +95,9 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     template = service.chat_template
     if not isinstance(template, ChatTemplate):
         raise ApiError(
-            400, "the checkpoint has no chat template: use /v1/completions, or serve it with --chat-template FILE", "messages"
+            400,
+            "the checkpoint has no chat template: use /v1/completions, or serve it with --chat-template FILE",
+            "messages",
         )
     if asked.response_format not in (None, {"type": "text"}):
         raise ApiError(400, "response_format is not supported, but for text", "response_format")
@@ -115,7 +119,9 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     if most is None:
         most = max(service.engine.decoder.context + 1 - len(ids), 1)
     choices = asked.n or 1
-    settings = service.settings(asked, most, (asked.top_logprobs or 0) if asked.logprobs else None, asked.prompt_logprobs)
+    settings = service.settings(
+        asked, most, (asked.top_logprobs or 0) if asked.logprobs else None, asked.prompt_logprobs
+    )
     plan = Plan([ids], settings, choices, asked.priority, (asked.cache_salt or "").encode())
     shape = _Shape(service, asked, plan.prompts)
     if asked.stream:
@@ -176,7 +182,8 @@ class _Shape:
         return ChatLogprobs(
             [
                 ChatTokenLogprob(
-                    *self._token(each.id, each.logprob), [ChatTopLogprob(*self._token(id, value)) for id, value in each.top]
+                    *self._token(each.id, each.logprob),
+                    [ChatTopLogprob(*self._token(id, value)) for id, value in each.top],
                 )
                 for each in scores
             ]

@@ -35,7 +35,9 @@ async def create_completion(service: Service, request: Request) -> Response:
     if best_of < choices:
         raise ApiError(400, f"expected best_of to be at least n ({choices}) but got {best_of}", "best_of")
     if asked.stream and best_of > choices:
-        raise ApiError(400, "best_of above n is not supported in a stream: which are best is known at the end", "best_of")
+        raise ApiError(
+            400, "best_of above n is not supported in a stream: which are best is known at the end", "best_of"
+        )
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options is allowed in streams only", "stream_options")
     prompts = await _prompts(service, asked)

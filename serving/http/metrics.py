@@ -89,7 +89,9 @@ class _OfEngine(Collector):
         }
         for name, (what, value) in counts.items():
             yield CounterMetricFamily(f"{PREFIX}_{name}", what, value)
-        finished = CounterMetricFamily(f"{PREFIX}_request_success", "Answers that have ended", labels=["finished_reason"])
+        finished = CounterMetricFamily(
+            f"{PREFIX}_request_success", "Answers that have ended", labels=["finished_reason"]
+        )
         for reason, value in sorted(dict(counters.finished).items()):
             finished.add_metric([reason], value)
         yield finished

@@ -33,7 +33,10 @@ def document() -> dict[str, Any]:
         [*types, schemas.ErrorBody], ref_template="#/components/schemas/{name}"
     )
     shape_of = dict(zip([*types, schemas.ErrorBody], shapes, strict=True))
-    refusal = {"description": "What was wrong", "content": {"application/json": {"schema": shape_of[schemas.ErrorBody]}}}
+    refusal = {
+        "description": "What was wrong",
+        "content": {"application/json": {"schema": shape_of[schemas.ErrorBody]}},
+    }
     errors = dict.fromkeys(("400", "401", "404", "408", "413", "422", "429", "503"), refusal)
     paths: dict[str, Any] = {}
     for path, (request, answer, what) in _ANSWERS.items():
@@ -50,7 +53,9 @@ def document() -> dict[str, Any]:
         }
     for path, what in _READ.items():
         kind = "text/plain" if path == "/metrics" else "application/json"
-        paths[path] = {"get": {"summary": what, "responses": {"200": {"description": what, "content": {kind: {}}}, **errors}}}
+        paths[path] = {
+            "get": {"summary": what, "responses": {"200": {"description": what, "content": {kind: {}}}, **errors}}
+        }
     return {
         "openapi": "3.1.0",
         "info": {"title": "NanoGPT on Tripy", "version": "1", "description": "OpenAI's completions API."},

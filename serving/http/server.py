@@ -56,7 +56,9 @@ def serve(service: Service, listener: socket.socket, key: str | None, options: a
         h11_max_incomplete_event_size=_HEADER_BYTES,
         ws="none",
     )
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     server = _Server(config)
     asyncio.run(_until_signalled(server, listener))
     service.engine.stop(drain=0.0)

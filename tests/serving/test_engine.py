@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,7 +26,9 @@ CONTEXT = 64
 class Bench:
     """An engine whose steps are taken by hand, and what it has told of each request."""
 
-    def __init__(self, decoder: Any, tokenizer: Any, endings: frozenset[int] = frozenset({EOS}), **settings: Any) -> None:
+    def __init__(
+        self, decoder: Any, tokenizer: Any, endings: frozenset[int] = frozenset({EOS}), **settings: Any
+    ) -> None:
         self.told: dict[Ticket, dict[int, Update]] = defaultdict(dict)
         self.engine = ServingEngine(decoder, tokenizer, endings, self._take, **settings)
 
@@ -95,7 +94,9 @@ REQUESTS = st.builds(
 
 
 @given(
-    requests=st.lists(st.tuples(REQUESTS, st.integers(0, 6), st.sampled_from([None, None, None, 2])), min_size=2, max_size=8),
+    requests=st.lists(
+        st.tuples(REQUESTS, st.integers(0, 6), st.sampled_from([None, None, None, 2])), min_size=2, max_size=8
+    ),
     pages=st.sampled_from([8, 10, 40]),
     max_tokens=st.sampled_from([4, 16, 512]),
     max_sequences=st.sampled_from([2, 4, 64]),
@@ -155,7 +156,9 @@ def test_the_random_numbers_are_those_of_example(model: tuple[Any, Any]) -> None
     samplers = [Sampler(5, 0, 0.8, 5)]
     expected = [token for step in generate(engine, [prompt], samplers, 30, set()) for _, token in step]
     bench = Bench(engine.paged(PAGE, 40), tokenizer)
-    ticket = bench.engine.submit(prompt, SamplingSettings(seed=5, temperature=0.8, top_k=5, max_tokens=30, ignore_eos=True))
+    ticket = bench.engine.submit(
+        prompt, SamplingSettings(seed=5, temperature=0.8, top_k=5, max_tokens=30, ignore_eos=True)
+    )
     bench.finish()
     assert bench.told[ticket][0].ids == expected
 

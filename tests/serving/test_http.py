@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -29,7 +28,7 @@ class Server:
 
     def __init__(self, folder: Path, *options: str) -> None:
         command = [sys.executable, "serve.py", f"--model-type={folder}", "--port=0", "--no-engine-cache", *options]
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "no_proxy": "*"})
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -72,7 +71,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
     server = Server(folder, f"--chat-template={template}", "--max-queue=40", "--speculate=prompt-lookup")
     yield server
     assert server.close() == 0, "".join(server.lines)
@@ -101,7 +102,13 @@ def test_openai_client(client: Any) -> None:
 
 
 def test_chat(client: Any) -> None:
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "seed": 1, "logprobs": True}
+    asked = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 8,
+        "seed": 1,
+        "logprobs": True,
+    }
     whole = client.chat.completions.create(**asked)
     assert whole.choices[0].message.role == "assistant" and len(whole.choices[0].logprobs.content) == 8
     chunks = list(client.chat.completions.create(**asked, stream=True))
@@ -131,7 +138,9 @@ def test_many_at_once_get_what_each_gets_alone(server: Server) -> None:
 def test_scores_of_a_prompt(server: Server) -> None:
     """As lm-eval asks for them: echo, logprobs, no or one token."""
     for most in (0, 1):
-        choice = server.post("/v1/completions", prompt=[72, 101, 108], echo=True, logprobs=1, max_tokens=most, temperature=0).json()["choices"][0]
+        choice = server.post(
+            "/v1/completions", prompt=[72, 101, 108], echo=True, logprobs=1, max_tokens=most, temperature=0
+        ).json()["choices"][0]
         logprobs = choice["logprobs"]
         assert len(logprobs["tokens"]) == 3 + most and logprobs["tokens"][:3] == ["H", "e", "l"]
         assert logprobs["token_logprobs"][0] is None and all(v <= 0 for v in logprobs["token_logprobs"][1:])
@@ -187,7 +196,9 @@ def test_small_endpoints(server: Server) -> None:
 
 def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
     before = server.metric("generation_tokens_total")
-    with server.http.stream("POST", "/v1/completions", json={"prompt": "a", "n": 30, "max_tokens": 60, "stream": True, "ignore_eos": True}) as answer:
+    with server.http.stream(
+        "POST", "/v1/completions", json={"prompt": "a", "n": 30, "max_tokens": 60, "stream": True, "ignore_eos": True}
+    ) as answer:
         next(answer.iter_lines())
     for _ in range(100):
         if server.metric("num_requests_running") == 0:
@@ -261,5 +272,3 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert serve.main() == 2
         errors = capsys.readouterr().err.splitlines()
         assert message in errors[-1] and errors[-1].startswith("serve.py: error:")
-
-
