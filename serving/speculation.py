@@ -61,7 +61,9 @@ class _Occurrences:
         for size in self._sizes:
             end = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
             if end is not None:
-                return tokens[end : end + count]
+                # What repeats itself goes on repeating itself: a guess may run into its own beginning, as in LZ77.
+                period = len(tokens) - end
+                return [tokens[end + number % period] for number in range(count)]
         return []
 
     def _learn(self, start: int) -> None:

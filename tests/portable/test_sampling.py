@@ -180,3 +180,59 @@ def test_both_ways_give_the_same_for_a_whole_vocabulary(top_k: int | None, monke
             monkeypatch.setattr(sampling, "_native", module)
             found.append(sampling.draw(logits, uniform, temperature, top_k, top_p))
         assert found[0] == found[1]
+
+
+NUMBERS = st.floats(-50, 50, width=32)
+IDS = st.lists(st.integers(0, 199), max_size=12, unique=True).map(lambda ids: np.array(ids, np.int32))
+
+
+@given(
+    data=st.data(),
+    repetition=st.floats(0.1, 3),
+    penalties=st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+    ids=st.tuples(IDS, IDS, IDS, IDS),
+)
+@settings(max_examples=200, deadline=None)
+def test_adjusted_logits(
+    data: st.DataObject, repetition: float, penalties: tuple[float, float], ids: tuple[np.ndarray, ...]
+) -> None:
+    """Bias, penalties, allowed and forbidden ids, by their definition, and the same bits both ways."""
+    logits = np.array(data.draw(st.lists(NUMBERS, min_size=200, max_size=200)), np.float32)
+    biased, seen, allowed, forbidden = ids
+    bias = np.array(data.draw(st.lists(st.floats(-100, 100), min_size=len(biased), max_size=len(biased))), np.float64)
+    counts = np.array(data.draw(st.lists(st.integers(0, 5), min_size=len(seen), max_size=len(seen))), np.int32)
+    how = sampling.Adjustment(biased, bias, seen, counts, repetition, *penalties, allowed, forbidden)
+    expected = logits.astype(np.float64)
+    expected[biased] += bias
+    expected[seen] = np.where(expected[seen] > 0, expected[seen] / repetition, expected[seen] * repetition)
+    expected[seen] -= np.where(counts > 0, penalties[0] * counts + penalties[1], 0)
+    if len(allowed):
+        expected[np.setdiff1d(np.arange(200), allowed)] = -np.inf
+    expected[forbidden] = -np.inf
+    found = sampling.adjust(logits, how)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(found, sampling._adjust(logits, how))
+    for bad in (-1, 200):
+        with pytest.raises(ValueError, match="token ids of the vocabulary"):
+            sampling.adjust(logits, sampling.Adjustment(forbidden=np.array([bad], np.int32)))
+
+
+@given(logits=st.lists(NUMBERS | st.just(-np.inf), min_size=1, max_size=300), count=st.integers(0, 20))
+@settings(max_examples=200, deadline=None)
+def test_log_probabilities(logits: list[float], count: int) -> None:
+    array = np.array(logits, np.float32)
+    expected = np.logaddexp.reduce(array.astype(np.float64))
+    found = sampling.log_sum_exp(array)
+    assert found == expected or abs(found - expected) <= 1e-12 * max(1.0, abs(expected))
+    order = sorted(range(len(array)), key=lambda id: (-array[id], id))
+    assert sampling.largest(array, count) == order[:count]
+
+
+@given(logits=st.lists(NUMBERS, min_size=1, max_size=100), uniform=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=200, deadline=None)
+def test_min_p(logits: list[float], uniform: float) -> None:
+    """Nothing is drawn whose probability is below the share; with a share of 1 it is one of the largest."""
+    array = np.array(logits, np.float32)
+    drawn = sampling.draw(array, uniform, 0.7, min_p=0.2)
+    assert np.exp((float(array[drawn]) - float(array.max())) / 0.7) >= 0.2
+    assert array[sampling.draw(array, uniform, 0.7, min_p=1.0)] == array.max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,54 @@ def test_a_request_gets_what_it_gets_alone(
         expected = alone.engine.submit(prompt, how, choices, salt=salt)
         alone.finish()
         assert results(busy.told[ticket]) == results(alone.told[expected])
+
+
+def alone(model: tuple[Any, Any], prompt: list[int], how: SamplingSettings) -> list[tuple[Any, ...]]:
+    engine, tokenizer = model
+    bench = Bench(engine.paged(PAGE, 16), tokenizer, sharing=False)
+    ticket = bench.engine.submit(prompt, how)
+    bench.finish()
+    return results(bench.told[ticket])
+
+
+def test_whoever_is_put_aside_goes_on_as_if_nothing_had_been(model: tuple[Any, Any]) -> None:
+    engine, tokenizer = model
+    bench = Bench(engine.paged(PAGE, 10), tokenizer)
+    how = SamplingSettings(max_tokens=40, seed=4, ignore_eos=True, logprobs=1)
+    prompts = [[number, *range(10)] for number in range(4)]
+    tickets = [bench.engine.submit(prompt, how) for prompt in prompts]
+    bench.finish()
+    assert bench.engine.scheduler.preemptions > 2 and bench.engine.pages.used == 0
+    for prompt, ticket in zip(prompts, tickets, strict=True):
+        assert results(bench.told[ticket]) == alone(model, prompt, how)
+
+
+def test_guesses_that_are_right_save_steps(model: tuple[Any, Any]) -> None:
+    """Greedy, with a bias that makes the text repeat itself: most guesses are right."""
+    engine, tokenizer = model
+    how = SamplingSettings(max_tokens=40, temperature=0.0, ignore_eos=True, logit_bias={65: 100.0})
+    bench = Bench(engine.paged(PAGE, 16), tokenizer, speculation=Speculation(PromptLookup(), most=8))
+    ticket = bench.engine.submit([1, 65, 65, 65], how)
+    bench.finish()
+    assert bench.engine.counters.accepted_tokens > 25 and bench.engine.counters.steps < 15
+    assert results(bench.told[ticket]) == alone(model, [1, 65, 65, 65], how)
+
+
+def test_a_static_batch_serves_the_same(model: tuple[Any, Any], tmp_path: Path) -> None:
+    """The slots that stand in for pages where NVIDIA's runtime runs the model: the same tokens, row by row."""
+    from serving.slots import SlotDecoder
+
+    _, tokenizer = model
+    checkpoint = open_checkpoint(random_checkpoint(tmp_path / "checkpoint"))  # of the same seed
+    static = SlotDecoder(open_engine(checkpoint, "float32", batch=3), VOCABULARY)
+    bench = Bench(static, tokenizer, max_sequences=3, sharing=False)
+    how = SamplingSettings(max_tokens=20, seed=2, ignore_eos=True, prompt_logprobs=0)
+    prompts = [[number] * (3 + 9 * number) for number in range(5)]
+    tickets = [bench.engine.submit(prompt, how) for prompt in prompts]
+    bench.finish()
+    for prompt, ticket in zip(prompts, tickets, strict=True):
+        (found,), (expected,) = results(bench.told[ticket]), alone(model, prompt, how)
+        assert found[:3] == expected[:3]
 
 
 def test_pages_that_are_there_are_not_computed_again(model: tuple[Any, Any]) -> None:
