@@ -106,7 +106,7 @@ def test_the_environment_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AuthenticAMD", 25, 0x01, "t0:16384"),  # Milan, Zen 3
         ("AuthenticAMD", 25, 0x11, None),  # Genoa, Zen 4
         ("GenuineIntel", 6, 0x8F, "t0:16384"),  # Sapphire Rapids
-        ("GenuineIntel", 6, 0xCF, None),  # Emerald Rapids
+        ("GenuineIntel", 6, 0xCF, "t1:16384"),  # Emerald Rapids
         ("AuthenticAMD", 6, 0x8F, None),
         ("", 0, 0, None),  # ARM
     ],
