@@ -75,8 +75,8 @@ KNOWN = (
     # NTA fills the first level alone, neither the second nor the third: what is evicted before its use comes from
     # memory once more.
     Known("GenuineIntel", 6, (range(0x8F, 0x90),), "t0:16384"),
-    # Emerald Rapids, a Xeon with AVX-512 and AMX (2026-11-26): T1 is as fast as T0 with float16, int4 and float8, and 10
-    # to 20 % faster with int8; NTA has a third to a half of T1's speed. The second level has 2 MB.
+    # Emerald Rapids, a Xeon with AVX-512 and AMX (2026-11-26): T1 is as fast as T0 with float16, int4 and float8, and
+    # 10 to 20 % faster with int8; NTA has a third to a half of T1's speed. The second level has 2 MB.
     Known("GenuineIntel", 6, (range(0xCF, 0xD0),), "t1:16384"),
 )
 
