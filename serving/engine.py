@@ -189,11 +189,12 @@ class ServingEngine:
         ticket = Ticket()
         number = next(self._numbers)
         keys = self.pages.keys(prompt, salt)
+        endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
         for choice in range(choices):
-            drawer = Drawer(settings, choice, prompt, self._ending_ids(settings))
+            drawer = Drawer(settings, choice, prompt, endings)
             text = AnswerText(self.tokenizer, settings.stop, settings.include_stop)
             order = (priority, number, choice)
-            ticket.sequences.append(Sequence(order, choice, prompt, settings, drawer, text, keys))
+            ticket.sequences.append(Sequence(order, choice, prompt, settings, endings, drawer, text, keys))
         with self._wake:
             waiting = self.waiting
             if self._is_draining or (self.max_queue is not None and waiting + choices > self.max_queue):
@@ -334,7 +335,7 @@ class ServingEngine:
         if settings.logprobs is not None:
             sequence.waiting_scores.append(scores(logits, token, settings.logprobs))
         count = len(sequence.generated)
-        if count > settings.min_tokens and token in self._ending_ids(settings):
+        if count > settings.min_tokens and token in sequence.endings:
             is_own = token in settings.stop_token_ids
             self._end(sequence, "stop", sequence.text.finish(token), token if is_own else None)
             return
@@ -375,16 +376,17 @@ class ServingEngine:
             if position + 1 == len(sequence.prompt_scores) < len(sequence.prompt):
                 sequence.prompt_scores.append(scores(row, sequence.prompt[position + 1], count))
 
-    def _tell(self, sequence: Sequence, certain: Certain, **more: object) -> None:
+    def _tell(
+        self, sequence: Sequence, certain: Certain, reason: str | None = None, stop_reason: str | int | None = None
+    ) -> None:
         update = Update(sequence.choice, certain.text, certain.ids, certain.offsets)
         if sequence.settings.logprobs is not None:
             update.scores = sequence.waiting_scores[: len(certain.ids)]
             sequence.waiting_scores = sequence.waiting_scores[len(certain.ids) :]
-        if sequence.settings.prompt_logprobs is not None and sequence.prompt_scores:
-            update.prompt_scores, sequence.prompt_scores = sequence.prompt_scores, []
+        if sequence.settings.prompt_logprobs is not None and not sequence.has_told_prompt:
+            update.prompt_scores, sequence.has_told_prompt = sequence.prompt_scores, True
         update.cached = sequence.cached or 0
-        for name, value in more.items():
-            setattr(update, name, value)
+        update.finish_reason, update.stop_reason = reason, stop_reason
         self._outbox.append((self._ticket_of[sequence], update))
 
     def _end(self, sequence: Sequence, reason: str, certain: Certain, stop_reason: str | int | None = None) -> None:
@@ -393,7 +395,7 @@ class ServingEngine:
         ticket = self._ticket_of[sequence]
         if ticket.is_finished:
             ticket.finished = time.perf_counter()
-        self._tell(sequence, certain, finish_reason=reason, stop_reason=stop_reason)
+        self._tell(sequence, certain, reason, stop_reason)
         del self._ticket_of[sequence]
         if self._speculation is not None:
             self._speculation.forget(sequence)
@@ -412,6 +414,3 @@ class ServingEngine:
         if sequence.state is not State.FINISHED:
             self._end(sequence, "error", Certain(""))
             self._outbox[-1][1].error = message
-
-    def _ending_ids(self, settings: SamplingSettings) -> frozenset[int]:
-        return frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)

@@ -56,12 +56,14 @@ class Sequence:
         order: Whose turn it is first: the smaller.
         choice: Its number among the request's answers.
         prompt: The prompt's ids; ``generated``: the answer's.
+        endings: Ids that end the answer.
         keys: What the prompt's full pages are known by.
         pages: Where its tokens lie; -1 for one that was given back, as no token sees it any more.
         computed: How many tokens have their keys and values in the pages.
         drafted: Ids that are guessed to come next.
         cached: How many of the prompt's tokens were found in pages when it was first admitted; None before.
         prompt_scores: Of the prompt's tokens so far, where they are wanted.
+        has_told_prompt: Whether an update had them.
         waiting_scores: Of tokens whose text is not certain yet.
         followers: Other answers to the same prompt, which go on from its pages.
     """
@@ -70,6 +72,7 @@ class Sequence:
     choice: int
     prompt: list[int]
     settings: SamplingSettings
+    endings: frozenset[int]
     drawer: Drawer
     text: AnswerText
     keys: list[bytes] = field(default_factory=list)
@@ -80,6 +83,7 @@ class Sequence:
     drafted: list[int] = field(default_factory=list)
     cached: int | None = None
     prompt_scores: list[TokenScores | None] = field(default_factory=lambda: [None])
+    has_told_prompt: bool = False
     waiting_scores: list[TokenScores] = field(default_factory=list)
     followers: list[Sequence] = field(default_factory=list)
 

@@ -148,6 +148,16 @@ def test_scores_of_a_prompt(server: Server) -> None:
         assert choice["text"].startswith("Hel")
 
 
+def test_each_answer_echoes_the_prompt_and_its_scores(server: Server) -> None:
+    asked = {"prompt": [72, 101, 108], "echo": True, "logprobs": 1, "max_tokens": 2, "n": 3, "seed": 1}
+    answer = server.post("/v1/completions", **asked)
+    assert answer.status_code == 200, answer.text
+    first, *others = answer.json()["choices"]
+    for other in others:
+        assert other["logprobs"]["token_logprobs"][:3] == first["logprobs"]["token_logprobs"][:3]
+        assert other["text"].startswith("Hel") and len(other["logprobs"]["tokens"]) == 5
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "unknown field": ({"prompt": "a", "beams": 3}, "beams"),
     "no prompt": ({}, "prompt"),
