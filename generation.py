@@ -42,6 +42,25 @@ class CachedModel(Protocol):
         """
 
 
+class Uniforms:
+    """Random numbers from 0 up to but not with 1, by seed, sample and index (Philox, Salmon et al. 2011). They are made
+    many at once, as even one takes 17 microseconds after a step that left nothing of NumPy in the processor's caches.
+    """
+
+    _BLOCK = 256
+
+    def __init__(self, seed: int, sample: int) -> None:
+        self._key = np.array([seed, sample], np.uint64)
+        self._number, self._block = -1, [0.0]
+
+    def __getitem__(self, index: int) -> float:
+        number, within = divmod(index, self._BLOCK)
+        if number != self._number:
+            philox = np.random.Philox(key=self._key, counter=number * self._BLOCK // 4)  # four numbers for one count
+            self._number, self._block = number, np.random.Generator(philox).random(self._BLOCK).tolist()
+        return self._block[within]
+
+
 class Sampler:
     """Picks a token from logits.
 
@@ -74,7 +93,7 @@ class Sampler:
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"expected top-p to be above 0 and at most 1 but got {top_p}")
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
-        self._uniforms = _uniforms(np.random.Generator(np.random.Philox(key=np.array([seed, sample], dtype=np.uint64))))
+        self._uniforms, self._drawn = Uniforms(seed, sample), 0
 
     def __call__(self, logits: np.ndarray) -> int:
         """A token id from logits (V,), of which minus infinity is a probability of zero.
@@ -89,17 +108,11 @@ class Sampler:
                     sampling.check(logits)
                 return token
             top_k = None if self._top_k is None else min(self._top_k, len(logits))
-            return sampling.draw(logits, next(self._uniforms), self._temperature, top_k, self._top_p)
+            uniform = self._uniforms[self._drawn]
+            self._drawn += 1
+            return sampling.draw(logits, uniform, self._temperature, top_k, self._top_p)
         except ValueError as error:
             raise LogitsError.because(error) from None
-
-
-def _uniforms(random: np.random.Generator) -> Iterator[float]:
-    """The numbers from [0, 1) that ``random.random()`` gives one by one. They are drawn many at once, as even one takes
-    17 microseconds after a step that left nothing of NumPy in the processor's caches.
-    """
-    while True:
-        yield from random.random(256).tolist()
 
 
 def generate(

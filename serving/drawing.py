@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from generation import LogitsError
+from generation import LogitsError, Uniforms
 from nvtripy_portable import sampling
 from serving.settings import SamplingSettings
-
-_BLOCK = 256  # random numbers that are made at once
 
 
 @dataclass(frozen=True)
@@ -31,22 +29,6 @@ class TokenScores:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
-
-
-class Uniforms:
-    """Random numbers from 0 up to but not with 1, by (seed, sample, index): those that ``generation.Sampler`` draws
-    with the same seed and sample, one after the other (Philox, Salmon et al. 2011)."""
-
-    def __init__(self, seed: int, sample: int) -> None:
-        self._key = np.array([seed, sample], np.uint64)
-        self._number, self._block = -1, np.empty(0)
-
-    def __getitem__(self, index: int) -> float:
-        number, within = divmod(index, _BLOCK)
-        if number != self._number:
-            philox = np.random.Philox(key=self._key, counter=number * _BLOCK // 4)  # four numbers for one count
-            self._number, self._block = number, np.random.Generator(philox).random(_BLOCK)
-        return float(self._block[within])
 
 
 class Drawer:

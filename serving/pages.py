@@ -73,10 +73,6 @@ class SharedPages:
         self.hold(found)
         return found
 
-    def is_there(self, key: bytes) -> bool:
-        """Whether a page is known by this key."""
-        return key in self._page_of
-
     def count_query(self, tokens: int, hit: int) -> None:
         """For the metrics: a prompt of so many tokens was looked for, and so many were there."""
         self.queried += tokens

@@ -49,7 +49,8 @@ class BodyLimit:
         try:
             content = await asyncio.wait_for(self._body(scope, receive), self._seconds)
         except asyncio.TimeoutError:
-            await self._refusal(408, f"within {self._seconds:g} s")(scope, receive, send)
+            slow = ApiError(408, f"expected the whole body within {self._seconds:g} s", headers={"Connection": "close"})
+            await slow.response()(scope, receive, send)
         except ApiError as error:
             await error.response()(scope, receive, send)
         else:
@@ -72,9 +73,6 @@ class BodyLimit:
             if len(content) > self._size:
                 raise too_large
         return bytes(content)
-
-    def _refusal(self, status: int, bound: str) -> ASGIApp:
-        return ApiError(status, f"expected the whole body {bound}", headers={"Connection": "close"}).response()
 
 
 def _once(content: bytes, receive: Receive) -> Receive:
