@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import gguf_files
+import llama_files
 import numpy as np
 import random_weights
 from random_weights import Shape
@@ -66,7 +66,7 @@ def cache_folder() -> Path:
     return machine.cache_folder() / "benchmarks"
 
 
-def _made_once(path: Path, make: Callable[[Path], None]) -> Path:
+def made_once(path: Path, make: Callable[[Path], None]) -> Path:
     """``path``, made by ``make`` under another name first, so that an interrupted run leaves nothing half-written."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,7 @@ def float_checkpoint(shape: str, cache: Path) -> Path:
     sizes = SHAPES[shape]
     if sizes is None:
         return EMBEDDED
-    return _made_once(
-        cache / f"{shape}-v{VERSION}" / "float", lambda folder: random_weights.write_random(folder, sizes)
-    )
+    return made_once(cache / f"{shape}-v{VERSION}" / "float", lambda folder: random_weights.write_random(folder, sizes))
 
 
 def quantized_checkpoint(shape: str, width: str, cache: Path) -> Path:
@@ -98,7 +96,7 @@ def quantized_checkpoint(shape: str, width: str, cache: Path) -> Path:
     """
     source = float_checkpoint(shape, cache)
     path = cache / f"{shape}-v{VERSION}" / width
-    return _made_once(path, lambda folder: random_weights.write_quantized(folder, source, width))
+    return made_once(path, lambda folder: random_weights.write_quantized(folder, source, width))
 
 
 def checkpoint_folder(shape: str, width: str, cache: Path) -> Path:
@@ -143,8 +141,8 @@ def gguf_file(shape: str, width: str, cache: Path) -> Path:
     source = float_checkpoint(shape, cache)
     if is_gguf(shape):
         return source
-    path = cache / f"{shape}-v{VERSION}" / f"{gguf_files.TYPES[width]}.gguf"
-    return _made_once(path, lambda file: gguf_files.write(file, source, width))
+    path = cache / f"{shape}-v{VERSION}" / f"{llama_files.TYPES[width]}.gguf"
+    return made_once(path, lambda file: llama_files.write(file, source, width))
 
 
 def ctranslate2_folder(shape: str, cache: Path) -> Path:
@@ -158,7 +156,7 @@ def ctranslate2_folder(shape: str, cache: Path) -> Path:
         logging.disable_progress_bar()
         TransformersConverter(str(source)).convert(str(folder))
 
-    return _made_once(cache / f"{shape}-v{VERSION}" / "ctranslate2", convert)
+    return made_once(cache / f"{shape}-v{VERSION}" / "ctranslate2", convert)
 
 
 def openvino_file(shape: str, width: str, cache: Path) -> Path:
@@ -173,7 +171,7 @@ def openvino_file(shape: str, width: str, cache: Path) -> Path:
         model = openvino_gpt2.build(*parameters(source), width)
         openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
-    return _made_once(cache / f"{shape}-v{VERSION}" / f"openvino-{width}", build) / "model.xml"
+    return made_once(cache / f"{shape}-v{VERSION}" / f"openvino-{width}", build) / "model.xml"
 
 
 def model_file(peer: str, shape: str, width: str, cache: Path) -> Path:

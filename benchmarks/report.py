@@ -96,19 +96,19 @@ def shown(values: Sequence[float], digits: int | None = None) -> str:
     return middle if len(values) == 1 else f"{middle} ({number(min(values))}-{number(max(values))})"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Columns of text, the first two to the left and the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool, left: int = 2) -> str:
+    """Columns of text, the first ``left`` to the left and the others to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
 
     if markdown:
-        rule = [":" + "-" * (w - 1) if column < 2 else "-" * (w - 1) + ":" for column, w in enumerate(widths)]
+        rule = [":" + "-" * (w - 1) if column < left else "-" * (w - 1) + ":" for column, w in enumerate(widths)]
         return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 

@@ -5,6 +5,7 @@ The names and the metadata are those of the specification in ggml's docs/gguf.md
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from weight_loader import open_checkpoint
@@ -24,9 +25,13 @@ _NAMES = {
 TYPES = {"fp16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-def write(path: Path, source: Path, width: str) -> None:
+def write(path: Path, source: Path, width: str, tokens: Sequence[str] = (), merges: Sequence[str] = ()) -> None:
     """Writes the file of a float checkpoint, GPT-2 or multi-query GPTBigCode: every matrix in the width's type but the
     positions, which are float32 like vectors.
+
+    Args:
+        tokens: A byte-level BPE's by their ids, the last of which ends a text; none: token ids in, token ids out.
+        merges: Its merges by their rank.
     """
     import gguf
 
@@ -43,7 +48,17 @@ def write(path: Path, source: Path, width: str) -> None:
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_file_type(gguf.LlamaFileType["MOSTLY_" + TYPES[width]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_tokenizer_model("no_vocab")  # token ids in, token ids out
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL])
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(len(tokens) - 1)
+        writer.add_eos_token_id(len(tokens) - 1)
+        writer.add_add_bos_token(False)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
     for name, array in checkpoint.parameters("float32"):
         name = _gguf_name(name)
