@@ -154,14 +154,18 @@ def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     return tp.compile(gpt, args=_inputs(gpt.config, batch))
 
 
-def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo]:
+def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo | list[tp.InputInfo]]:
     tokens = (1, 1, config.n_positions)  # decoding, one token at a time, is what matters most
-    return [
+    inputs = [
         tp.InputInfo((batch, tokens), dtype=tp.int32),
         tp.InputInfo((batch,), dtype=tp.int32),
         tp.InputInfo(config.cache_shape(batch), dtype=config.cache_dtype),
         tp.InputInfo((batch,), dtype=tp.int32),
     ]
+    if not config.adapter_shapes:
+        return inputs
+    tables = [tp.InputInfo(shape, dtype=config.tripy_dtype) for shape in config.adapter_shapes]
+    return [*inputs, tp.InputInfo((batch,), dtype=tp.int32), tables]
 
 
 def open_engine(

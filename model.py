@@ -7,7 +7,8 @@ sequences whose keys and values are in ``cache`` and returns the cache with the 
 plain input and output of static shape, so TensorRT compiles it as it is.
 
 Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D,
-which read G key-value heads (G = H in GPT-2; R = H / G heads share one), F the MLP's width, V the vocabulary, L layers.
+which read G key-value heads (G = H in GPT-2; R = H / G heads share one), F the MLP's width, V the vocabulary, L layers,
+S adapters and none.
 
 Parameters are named as in HuggingFace's GPT-2, whatever the family; linear weights are (out_features, in_features),
 except that weights quantized in blocks are (in_features, out_features): nvtripy's blocks run along the first dimension,
@@ -18,7 +19,7 @@ becomes small weights when it is compiled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import nvtripy as tp
@@ -66,6 +67,8 @@ class GPTConfig:
     block_size: int = 128  # int4-weight-only: input features that share a scale
     float32_scales: bool = False  # scales, and what they scale, in float32: some are too small for float16
     pre_quant_scale: bool = True  # int4-weight-only: inputs are multiplied by AWQ's scales first
+    adapters: int = 0  # how many adapters (LoRA) there is room for, of which each sequence has one, or none
+    adapter_ranks: tuple[int, ...] = (0, 0, 0, 0)  # their ranks for each of ADAPTED; 0: they leave it as it is
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -110,6 +113,11 @@ class GPTConfig:
             raise ValueError("expected a quant_mode with quant_lm_head but got none")
         if self.quant_embedding and self.tie_word_embeddings and not self.quant_lm_head:
             raise ValueError("expected quant_embedding of tied embeddings only with quant_lm_head")
+        if self.adapters < 0 or len(self.adapter_ranks) != len(ADAPTED) or min(self.adapter_ranks) < 0:
+            raise ValueError(
+                f"expected adapters and {len(ADAPTED)} adapter_ranks of at least 0 but got {self.adapters} and "
+                f"{self.adapter_ranks}"
+            )
         has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
         if has_table and self.quant_mode != "int8-weight-only":
             raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
@@ -188,6 +196,20 @@ class GPTConfig:
         scale = 1.0 / math.sqrt(self.head_size) if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
+    @property
+    def adapter_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Shapes of the adapters' tables: for each of ADAPTED that has a rank the way down, (S, L, rank, in_features),
+        and the way up, (S, L, rank, out_features). What slot 0 has is none: zeros."""
+        attended, hidden = self.n_head * self.head_size, self.inner_size * (2 if self.gated_mlp else 1)
+        widths = {
+            "c_attn": (self.n_embd, attended + 2 * self.kv_heads * self.head_size),
+            "attn.c_proj": (attended, self.n_embd),
+            "c_fc": (self.n_embd, hidden),
+            "mlp.c_proj": (self.inner_size, self.n_embd),
+        }
+        ranks = zip(ADAPTED, self.adapter_ranks if self.adapters else (0,) * len(ADAPTED), strict=True)
+        return [(self.adapters + 1, self.n_layer, rank, width) for name, rank in ranks if rank for width in widths[name]]
+
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
         """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, G, C, D), keys before values."""
         return (self.n_layer, 2, batch, self.kv_heads, self.n_positions, self.head_size)
@@ -197,6 +219,9 @@ DTYPES: dict[str, tp.dtype] = {"float16": tp.float16, "bfloat16": tp.bfloat16, "
 
 
 CACHE_DTYPES: dict[str, tp.dtype] = {"int8": tp.int8, "fp8": tp.float8}
+
+# The linear layers of a block that adapters may add to.
+ADAPTED = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")
 
 # Layer normalization (Ba et al. 2016), the same with 1 added to the stored weights, as NeMo has it, and RMSNorm (Zhang
 # and Sennrich 2019).
@@ -276,6 +301,8 @@ class GPT(tp.Module):
         position: tp.Tensor | None = None,
         cache: tp.Tensor | None = None,
         last: tp.Tensor | None = None,
+        slot: tp.Tensor | None = None,
+        tables: Sequence[tp.Tensor] = (),
     ) -> tp.Tensor | tuple[tp.Tensor, tp.Tensor]:
         """
         Args:
@@ -286,6 +313,8 @@ class GPT(tp.Module):
                 padded on the right.
             last: With it, logits are computed for one token of each sequence only: the one at this index within
                 ``idx``, (B,) int32.
+            slot: Which adapter each sequence has, (B,) int32; 0: none.
+            tables: Of the adapters, in ``config.adapter_shapes`` and the model's type.
 
         Returns:
             Logits in float32, (B, T, V), or (B, V) with ``last``. With a cache: the logits and the new cache.
@@ -310,7 +339,9 @@ class GPT(tp.Module):
             visible = ~((others > own) | (others <= own - self.config.window))  # nvtripy has no "and"
         if self.config.kv_heads < self.config.n_head:
             visible = tp.unsqueeze(visible, 1)
-        call = Call(batch, length, visible, Rotation(self.config, positions) if self.config.is_rotary else None, update)
+        rotation = Rotation(self.config, positions) if self.config.is_rotary else None
+        adapters = None if slot is None else Adapters(self.config, slot, tables)
+        call = Call(batch, length, visible, rotation, update, adapters)
 
         layers = []
         for i, block in enumerate(self.h):
@@ -344,6 +375,27 @@ class Call:
     visible: tp.Tensor  # which slots each token sees, (1 or B, 1, T, C), or (1 or B, 1, 1, T, C) where heads share keys
     rotation: Rotation | None
     update: CacheUpdate | None
+    adapters: Adapters | None
+
+    def adapted(self, name: str, layer: int, linear: Linear, x: tp.Tensor) -> tp.Tensor:
+        """One of ADAPTED, with what each sequence's adapter adds to it."""
+        more = None if self.adapters is None else self.adapters(name, layer, x)
+        return linear(x) if more is None else linear(x) + more
+
+
+class Adapters:
+    """LoRA (Hu et al. 2021): beside a linear layer's weight each sequence has two small matrices of its own."""
+
+    def __init__(self, config: GPTConfig, slot: tp.Tensor, tables: Sequence[tp.Tensor]) -> None:
+        self.slot, each = slot, iter(tables)
+        self.pairs = {name: (next(each), next(each)) for name, r in zip(ADAPTED, config.adapter_ranks, strict=True) if r}
+
+    def __call__(self, name: str, layer: int, x: tp.Tensor) -> tp.Tensor | None:
+        """What is added to a layer's result, (B, T, in_features) → (B, T, out_features)."""
+        if name not in self.pairs:
+            return None
+        down, up = (tp.gather(part(table, layer, 1), 0, self.slot) for table in self.pairs[name])  # (B, rank, ...)
+        return x @ tp.transpose(down, 1, 2) @ up
 
 
 def part(x: tp.Tensor, index: int, dim: int = 0) -> tp.Tensor:
@@ -364,7 +416,7 @@ class Block(tp.Module):
         self.ln_1 = Norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = Norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, x: tp.Tensor, call: Call, cache: tp.Tensor | None) -> tuple[tp.Tensor, tp.Tensor | None]:
         attended, cache = self.attn(self.ln_1(x), call, cache)
@@ -421,7 +473,7 @@ class CausalSelfAttention(tp.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.n_head, self.kv_heads, self.head_size = config.n_head, config.kv_heads, config.head_size
-        self.score_scale, self.scale_dtype = config.score_scale(layer), config.scale_dtype
+        self.layer, self.score_scale, self.scale_dtype = layer, config.score_scale(layer), config.scale_dtype
         self.cache_rounding = CACHE_DTYPES.get(config.kv_cache_dtype or "")
         if self.cache_rounding is not None:
             self.k_scale, self.v_scale = scalar_parameter(config), scalar_parameter(config)
@@ -432,7 +484,8 @@ class CausalSelfAttention(tp.Module):
 
     def forward(self, x: tp.Tensor, call: Call, cache: tp.Tensor | None) -> tuple[tp.Tensor, tp.Tensor | None]:
         heads, groups, size = self.n_head, self.kv_heads, self.head_size
-        qkv = tp.reshape(self.c_attn(x), (call.batch, call.length, heads + 2 * groups, size))  # (B, T, H + 2G, D)
+        projected = call.adapted("c_attn", self.layer, self.c_attn, x)
+        qkv = tp.reshape(projected, (call.batch, call.length, heads + 2 * groups, size))  # (B, T, H + 2G, D)
         if call.rotation is not None:
             qk = call.rotation(parts(qkv, 0, heads + groups, 2))
             qkv = tp.concatenate([qk, parts(qkv, heads + groups, heads + 2 * groups, 2)], 2)
@@ -458,7 +511,8 @@ class CausalSelfAttention(tp.Module):
         weights = tp.softmax(tp.where(call.visible, scores, -math.inf), dim=-1)
         y = to(weights @ v, x.dtype)
         y = tp.permute(y, (0, 2, 1, 3) if groups == heads else (0, 3, 1, 2, 4))  # (B, T, H, D), or (B, T, G, R, D)
-        return self.c_proj(tp.reshape(y, (call.batch, call.length, heads * size))), cache
+        y = tp.reshape(y, (call.batch, call.length, heads * size))
+        return call.adapted("attn.c_proj", self.layer, self.c_proj, y), cache
 
 
 class CacheUpdate:
@@ -495,20 +549,22 @@ class CacheUpdate:
 class MLP(tp.Module):
     """Two linear layers with the checkpoint's activation between them, maybe as a gate (Shazeer 2020)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.inner_size, self.is_gated = config.inner_size, config.gated_mlp
+        self.layer, self.inner_size, self.is_gated = layer, config.inner_size, config.gated_mlp
         rows = config.inner_size * (2 if config.gated_mlp else 1)
         self.c_fc = Linear(config.n_embd, rows, config, config.linear_mode, config.mlp_bias)
         self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode, config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: tp.Tensor, call: Call) -> tp.Tensor:
-        hidden = self.c_fc(x)
-        if not self.is_gated:
-            return self.c_proj(self.activation(hidden))
-        hidden = tp.reshape(hidden, (call.batch, call.length, 2, self.inner_size))  # gate and up
-        return self.c_proj(self.activation(part(hidden, 0, 2)) * part(hidden, 1, 2))
+        hidden = call.adapted("c_fc", self.layer, self.c_fc, x)
+        if self.is_gated:
+            hidden = tp.reshape(hidden, (call.batch, call.length, 2, self.inner_size))  # gate and up
+            hidden = self.activation(part(hidden, 0, 2)) * part(hidden, 1, 2)
+        else:
+            hidden = self.activation(hidden)
+        return call.adapted("mlp.c_proj", self.layer, self.c_proj, hidden)
 
 
 class Linear(tp.Module):

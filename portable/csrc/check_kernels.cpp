@@ -102,7 +102,7 @@ void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t r
         return first < 0 ? 0.0 : double(first) * first * x[static_cast<size_t>(t * columns + width + i)];
     };
     std::vector<float> y(static_cast<size_t>(tokens * rows));
-    program.run({}, {}, {{const_cast<float*>(x.data()), 1, tokens}}, {{y.data(), 1, tokens}});
+    program.run({}, {}, {}, {{const_cast<float*>(x.data()), 1, tokens}}, {{y.data(), 1, tokens}});
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t n = 0; n < rows; ++n) {
             double sum = bias[static_cast<size_t>(n)], size = 1;
@@ -115,6 +115,46 @@ void check_linear(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t r
             }
             expect("linear", kernels.name, y[static_cast<size_t>(t * rows + n)], sum, size);
         }
+}
+
+// Adapters of three slots, one after the other and beside each other, with a gate or without.
+void check_low_rank(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t rank, int64_t width, bool is_gated) {
+    const int64_t columns = is_gated ? 2 * width : width, outputs = 37, slots = 3, layers = 2, layer = 1;
+    const Stored down = stored(dtype, slots * layers * rank, width), up = stored(dtype, slots * layers * rank, outputs);
+    const std::vector<float> x = floats(2 * tokens * columns);
+    const std::vector<int32_t> chosen = {2, 1};
+    Operation operation;
+    operation.kind = Kind::low_rank;
+    operation.x = 0;
+    operation.y = 1;
+    operation.slot = 0;
+    operation.down = 0;
+    operation.up = 1;
+    operation.layer = layer;
+    operation.outputs = outputs;
+    operation.stage.width = width;
+    if (is_gated) operation.stage.gate = Activation::relu2;
+    Program program(kernels, {operation}, {kNone, kNone}, {columns, outputs}, {0}, {1});
+    std::vector<float> y(static_cast<size_t>(2 * tokens * outputs));
+    const std::vector<Table> tables = {{down.bytes.data(), dtype, slots, layers, rank, width},
+                                       {up.bytes.data(), dtype, slots, layers, rank, outputs}};
+    program.run({{chosen.data(), 2, 1}}, {}, tables, {{const_cast<float*>(x.data()), 2, tokens}}, {{y.data(), 2, tokens}});
+    for (int64_t t = 0; t < 2 * tokens; ++t) {
+        const int64_t first = (chosen[static_cast<size_t>(t / tokens)] * layers + layer) * rank;
+        for (int64_t n = 0; n < outputs; ++n) {
+            double sum = 0, size = 1;
+            for (int64_t r = 0; r < rank; ++r)
+                for (int64_t i = 0; i < width; ++i) {
+                    double input = x[static_cast<size_t>(t * columns + i)];
+                    if (is_gated) input = input < 0 ? 0 : input * input * x[static_cast<size_t>(t * columns + width + i)];
+                    const double term = input * down.numbers[static_cast<size_t>((first + r) * width + i)] *
+                                        up.numbers[static_cast<size_t>((first + r) * outputs + n)];
+                    sum += term;
+                    size += std::fabs(term);
+                }
+            expect("low_rank", kernels.name, y[static_cast<size_t>(t * outputs + n)], sum, size);
+        }
+    }
 }
 
 // What is special about a relative's attention.
@@ -144,7 +184,7 @@ void check_attention(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_
     std::vector<uint8_t> cache(static_cast<size_t>(2 * batch * groups * size * context * number));
     Program program(kernels, {attention}, {kNone, kNone}, {stride, width}, {0}, {1});
     std::vector<float> y(static_cast<size_t>(batch * tokens * width));
-    program.run({{position.data(), batch, 1}}, {{cache.data(), dtype, 1, batch, groups, context, size}},
+    program.run({{position.data(), batch, 1}}, {{cache.data(), dtype, 1, batch, groups, context, size}}, {},
                 {{const_cast<float*>(qkv.data()), batch, tokens}}, {{y.data(), batch, tokens}});
     if (dtype != Dtype::f32) return;
     // The second sequence begins: token t sees tokens 0 to t.
@@ -202,10 +242,10 @@ void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t wid
     rows.last = 2;
     Program program(kernels, {embedding, norm, rms, rows}, {0, 1, 0, kNone}, {width, width, width, width}, {}, {3});
     std::vector<float> y(static_cast<size_t>(2 * width));
-    program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {{y.data(), 2, 1}});
+    program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {}, {{y.data(), 2, 1}});
     first[1] = 4;
     try {
-        program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {{y.data(), 2, 1}});
+        program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {}, {{y.data(), 2, 1}});
         expect("an index beyond the table", kernels.name, 1, 0, 0);
     } catch (const IndexError&) {
     }
@@ -289,6 +329,9 @@ int main(int count, char** arguments) {
                     check_rows(kernels, dtype, tokens, 33);
                 }
                 if (dtype == Dtype::i4 || dtype == Dtype::f8) continue;
+                if (dtype == Dtype::f32 || dtype == Dtype::f16)
+                    for (const int64_t tokens : {1, 2, 3, 9})
+                        for (const int64_t width : {1, 31, 130}) check_low_rank(kernels, dtype, tokens, width % 7, width, tokens % 2);
                 for (const int64_t size : {3, 16, 40})
                     for (const int64_t tokens : {1, 2, 7, 50}) {
                         check_attention(kernels, dtype, tokens, 300, size, 290);

@@ -5,6 +5,7 @@
 #include "attention_tiles.h"
 #include "input_stage.h"
 #include "linear.h"
+#include "low_rank.h"
 #include "rows.h"
 #if ISA_TILES
 #include "amx_linear.h"
@@ -23,7 +24,7 @@ const Kernels kernels = {
 #else
     ISA_STRING(ISA), kPreparedTogether, kRowGroup, norm, prepared_floats, prepare_tokens, multiply, finish,
 #endif
-    load_row, quantize, store_row, attend, attend_block, attend_group, turn, merge, divide, block_maxima, read,
+    low_rank, apply_gate, load_row, quantize, store_row, attend, attend_block, attend_group, turn, merge, divide, block_maxima, read,
 };
 
 }  // namespace nvtripy_portable::ISA

@@ -72,6 +72,16 @@ struct IntegerRow {
     int32_t* begin = nullptr;  // 16 for every 128 values
 };
 
+// An adapter's two matrices for one linear operation (LoRA), of one type.
+struct LowRank {
+    const void* down = nullptr;  // (rank, width)
+    const void* up = nullptr;    // (rank, outputs)
+    Dtype dtype = Dtype::f32;    // f32, f16 or bf16
+    int64_t rank = 0, width = 0, outputs = 0;
+};
+constexpr int64_t kRowsOfAdapter = 4;  // tokens that meet an adapter together, at most
+constexpr int64_t kMostRank = 1024;
+
 struct Attention {
     Dtype dtype = Dtype::f32;  // of keys and values: f32, f16, bf16 or i8
     int64_t head_size = 0;
@@ -133,6 +143,13 @@ struct Kernels {
 
     // y = activation(y + bias) + residual; bias and residual may be nullptr.
     void (*finish)(float* y, int64_t count, const float* bias, Activation activation, const float* residual);
+
+    // y = x . down^T . up, of up to kRowsOfAdapter rows of x, x_stride apart; y (rows, outputs). The scratch memory has a rank
+    // for each.
+    void (*low_rank)(const LowRank& matrices, const float* x, int64_t x_stride, int64_t rows, float* y, float* scratch);
+
+    // y = gate(first half) * second half, of one row (2 * width).
+    void (*apply_gate)(const float* x, Activation gate, int64_t width, float* y);
 
     // y = one stored row, scaled; `y` has the padded width.
     void (*load_row)(const Matrix& matrix, int64_t row, float* y);

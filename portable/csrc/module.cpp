@@ -63,6 +63,7 @@ T look_up(const std::map<std::string, T>& table, const std::string& name, const 
 
 const std::map<std::string, Kind> kKinds = {{"norm", Kind::norm},
                                             {"linear", Kind::linear},
+                                            {"low_rank", Kind::low_rank},
                                             {"embedding", Kind::embedding},
                                             {"last_rows", Kind::last_rows},
                                             {"attention", Kind::attention}};
@@ -84,7 +85,7 @@ bool holds_nan(const uint8_t* numbers, int64_t count) {
 // A Program and the arrays that it points into.
 class PythonProgram {
 public:
-    PythonProgram(const std::string& isa, nb::list operations, nb::list caches, std::vector<int> buffers,
+    PythonProgram(const std::string& isa, nb::list operations, nb::list caches, nb::list tables, std::vector<int> buffers,
                   std::vector<int64_t> widths, std::vector<int> inputs, std::vector<int> outputs) {
         std::vector<Operation> parsed;
         for (nb::handle each : operations) parsed.push_back(parse(nb::cast<nb::dict>(each)));
@@ -95,13 +96,20 @@ public:
             caches_.push_back({nullptr, look_up(kDtypes, nb::cast<std::string>(description[0]), "dtype"), shape[0],
                                shape[2], shape[3], shape[4], shape[5]});
         }
+        for (nb::handle each : tables) {
+            const auto description = nb::cast<nb::tuple>(each);
+            const auto shape = nb::cast<std::vector<int64_t>>(description[1]);
+            if (shape.size() != 4) throw nb::value_error("expected a table of shape (slots, layers, rank, width)");
+            tables_.push_back({nullptr, look_up(kDtypes, nb::cast<std::string>(description[0]), "dtype"), shape[0], shape[1],
+                               shape[2], shape[3]});
+        }
         program_.emplace(kernels_for(isa), std::move(parsed), std::move(buffers), std::move(widths), std::move(inputs),
                          std::move(outputs));
     }
 
-    void run(nb::list integers, nb::list caches, nb::list inputs, nb::list outputs) {
+    void run(nb::list integers, nb::list caches, nb::list tables, nb::list inputs, nb::list outputs) {
         std::vector<Buffer> held;
-        held.reserve(integers.size() + caches.size() + inputs.size() + outputs.size());
+        held.reserve(integers.size() + caches.size() + tables.size() + inputs.size() + outputs.size());
         std::vector<IntegerInput> numbers;
         for (nb::handle each : integers) {
             const Buffer& buffer = held.emplace_back(each);
@@ -116,6 +124,7 @@ public:
             cache.data = buffer.as<void>();
             if (buffer.bytes() != cache.bytes()) throw nb::value_error("a cache has the wrong size");
         }
+        const std::vector<Table> chosen = filled(tables, held);
         const auto floats = [&](nb::list arrays, bool writable) {
             std::vector<FloatArray> result;
             for (nb::handle each : arrays) {
@@ -127,13 +136,20 @@ public:
         };
         const std::vector<FloatArray> in = floats(inputs, false), out = floats(outputs, true);
         const nb::gil_scoped_release released;
-        program_->run(numbers, stores, in, out);
+        program_->run(numbers, stores, chosen, in, out);
     }
 
-    // Segments (S, 3): how many tokens, the position of the first, and whether they are a prompt's; tables (S, pages).
+    // Segments (S, 4): how many tokens, the position of the first, whether they are a prompt's, and their adapter's slot; tables
+    // (S, pages). `adapters` are the tables of the graph, and `empty` says of each slot whether it holds nothing but zeros.
     void step(nb::handle tokens, nb::handle segments, nb::handle tables, nb::handle rows, nb::handle pool,
-              int64_t page_tokens, nb::handle output) {
+              int64_t page_tokens, nb::list adapters, nb::handle empty, nb::handle output) {
         const Buffer ids(tokens), forms(segments), table(tables), wanted(rows), numbers(pool, true), logits(output, true);
+        std::vector<Buffer> held_tables;
+        held_tables.reserve(adapters.size());
+        const std::vector<Table> chosen = filled(adapters, held_tables);
+        const Buffer zeros(empty);
+        for (const Table& each : chosen)
+            if (zeros.bytes() != each.slots) throw nb::value_error("expected a byte for each slot");
         if (caches_.size() != 1) throw nb::value_error("expected a model with one cache");
         std::vector<Cache> stores = caches_;
         Cache& cache = stores[0];
@@ -143,30 +159,42 @@ public:
         cache.pages = 1;
         if (page_tokens < 1 || numbers.bytes() % cache.bytes() != 0) throw nb::value_error("the pool has the wrong size");
         cache.pages = numbers.bytes() / cache.bytes();
-        const int64_t count = forms.bytes() / 12, widest = count ? table.bytes() / 4 / count : 0;
+        const int64_t count = forms.bytes() / 16, widest = count ? table.bytes() / 4 / count : 0;
         if (table.bytes() != count * widest * 4) throw nb::value_error("expected a table for each segment");
         std::vector<Segment> all;
         int64_t row = 0;
         for (int64_t s = 0; s < count; ++s) {
-            const int32_t *form = forms.as<const int32_t>() + s * 3, *pages = table.as<const int32_t>() + s * widest;
+            const int32_t *form = forms.as<const int32_t>() + s * 4, *pages = table.as<const int32_t>() + s * widest;
             const int64_t needed = (static_cast<int64_t>(form[1]) + form[0] + page_tokens - 1) / page_tokens;
             // Pages before what the first token sees may have been given back.
             const int64_t first = program_->first_seen(form[1]) / page_tokens;
             int64_t held = std::min(first, widest);
             while (held < std::min(needed, widest) && pages[held] >= 0 && pages[held] < cache.pages) ++held;
-            all.push_back({row, form[0], form[1], form[2] ? Role::prompt : Role::generated, pages, held * page_tokens});
+            all.push_back({row, form[0], form[1], form[2] ? Role::prompt : Role::generated, pages, held * page_tokens, form[3]});
             row += form[0];
         }
         const IntegerInput in{ids.as<const int32_t>(), 1, ids.bytes() / 4}, which{wanted.as<const int32_t>(), 1, wanted.bytes() / 4};
         const auto [batch, length] = logits.rows();
         const FloatArray out{logits.as<float>(), batch, length};
         const nb::gil_scoped_release released;
-        program_->step(in, all, which, stores, out);
+        program_->step(in, all, which, stores, chosen, chosen.empty() ? nullptr : zeros.as<const uint8_t>(), out);
     }
 
     std::string isa() const { return program_->isa(); }
 
 private:
+    // The tables that the graph has, with the arrays of a call.
+    std::vector<Table> filled(nb::list arrays, std::vector<Buffer>& held) const {
+        std::vector<Table> result = tables_;
+        if (arrays.size() != result.size()) throw nb::value_error("wrong number of tables");
+        for (size_t i = 0; i < result.size(); ++i) {
+            const Buffer& buffer = held.emplace_back(arrays[i]);
+            result[i].data = buffer.as<const void>();
+            if (buffer.bytes() != result[i].bytes()) throw nb::value_error("a table has the wrong size");
+        }
+        return result;
+    }
+
     template <class T>
     const T* array(nb::handle object) {
         if (object.is_none()) return nullptr;
@@ -199,6 +227,11 @@ private:
         number("x", operation.x);
         number("y", operation.y);
         number("residual", operation.residual);
+        number("addend", operation.addend);
+        number("slot", operation.slot);
+        number("down", operation.down);
+        number("up", operation.up);
+        number("outputs", operation.outputs);
         number("tokens", operation.tokens);
         number("position", operation.position);
         number("last", operation.last);
@@ -233,6 +266,7 @@ private:
 
     std::vector<Buffer> arrays_;
     std::vector<Cache> caches_;
+    std::vector<Table> tables_;
     std::optional<Program> program_;
 };
 
@@ -325,14 +359,15 @@ NB_MODULE(_native, module) {
         }
     });
     nb::class_<PythonProgram>(module, "Program", "A graph of fused operations with its constants, ready to run.")
-        .def(nb::init<const std::string&, nb::list, nb::list, std::vector<int>, std::vector<int64_t>, std::vector<int>,
-                      std::vector<int>>(),
-             nb::arg("isa"), nb::arg("operations"), nb::arg("caches"), nb::arg("buffers"), nb::arg("widths"),
-             nb::arg("inputs"), nb::arg("outputs"))
-        .def("run", &PythonProgram::run, nb::arg("integers"), nb::arg("caches"), nb::arg("inputs"), nb::arg("outputs"),
+        .def(nb::init<const std::string&, nb::list, nb::list, nb::list, std::vector<int>, std::vector<int64_t>,
+                      std::vector<int>, std::vector<int>>(),
+             nb::arg("isa"), nb::arg("operations"), nb::arg("caches"), nb::arg("tables"), nb::arg("buffers"),
+             nb::arg("widths"), nb::arg("inputs"), nb::arg("outputs"))
+        .def("run", &PythonProgram::run, nb::arg("integers"), nb::arg("caches"), nb::arg("tables"), nb::arg("inputs"),
+             nb::arg("outputs"),
              "Fills the outputs and writes into the caches, without the GIL.")
         .def("step", &PythonProgram::step, nb::arg("tokens"), nb::arg("segments"), nb::arg("tables"), nb::arg("rows"),
-             nb::arg("pool"), nb::arg("page_tokens"), nb::arg("output"),
+             nb::arg("pool"), nb::arg("page_tokens"), nb::arg("adapters"), nb::arg("empty"), nb::arg("output"),
              "Goes on with any mix of sequences, whose keys and values lie in pages of a pool, without the GIL.")
         .def_prop_ro("isa", &PythonProgram::isa);
     module.def("available_isas", &available_isas, "Instruction sets that this CPU has, the best first.");

@@ -29,11 +29,12 @@ Program::Program(const Kernels& kernels, std::vector<Operation> operations, std:
     int last_buffer = kNone;
     for (const int buffer : buffers_) last_buffer = std::max(last_buffer, buffer);
     memory_ = std::vector<Memory>(static_cast<size_t>(last_buffer + 1));
-    int64_t widest = 0, head_size = 0;
+    int64_t widest = 0, head_size = 0, adapter_width = 0;
     bool has_window = true;
     for (const Operation& operation : operations_) {
         head_size = std::max(head_size, operation.head_size);
         widest = std::max({widest, operation.stage.width, operation.weight.width, operation.head_size});
+        if (operation.kind == Kind::low_rank) adapter_width = std::max(adapter_width, operation.stage.width);
         if (operation.kind == Kind::attention) {
             has_window &= operation.window > 0;
             window_ = std::max(window_, operation.window);
@@ -44,19 +45,22 @@ Program::Program(const Kernels& kernels, std::vector<Operation> operations, std:
     if (!has_window) window_ = 0;
     // A few tokens' prepared inputs; one token's on the way there; and what a kernel works with.
     thread_floats_ = few_floats_ + padded(widest) +
-                     std::max(kLinearScratch, attend_block_floats(head_size) + kQueryBlock * (2 * head_size + 2)) + 64;
+                     std::max({kLinearScratch, attend_block_floats(head_size) + kQueryBlock * (2 * head_size + 2),
+                               kRowsOfAdapter * (kMostRank + adapter_width)}) + 64;
 }
 
 void Program::run(const std::vector<IntegerInput>& integers, const std::vector<Cache>& caches,
-                  const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs) {
+                  const std::vector<Table>& tables, const std::vector<FloatArray>& inputs,
+                  const std::vector<FloatArray>& outputs) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Call call{caches, inputs, outputs, &integers};
+    Call call{caches, tables, inputs, outputs, &integers};
     begin(call);
     execute(call);
 }
 
 void Program::step(const IntegerInput& tokens, const std::vector<Segment>& segments, const IntegerInput& rows,
-                   const std::vector<Cache>& caches, const FloatArray& output) {
+                   const std::vector<Cache>& caches, const std::vector<Table>& tables, const uint8_t* empty,
+                   const FloatArray& output) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t count = tokens.batch * tokens.length;
     positions_.clear();
@@ -75,7 +79,7 @@ void Program::step(const IntegerInput& tokens, const std::vector<Segment>& segme
     if (count != static_cast<int64_t>(positions_.size()))
         throw std::invalid_argument("expected " + std::to_string(positions_.size()) + " tokens but got " + std::to_string(count));
     const std::vector<FloatArray> inputs, outputs = {output};
-    Call call{caches, inputs, outputs, nullptr, &tokens, &segments, &rows};
+    Call call{caches, tables, inputs, outputs, nullptr, &tokens, &segments, &rows, empty};
     begin(call);
     execute(call);
 }
@@ -163,6 +167,20 @@ void Program::plan(Call& call, const Operation& operation, int64_t& shared) {
                 shared = std::max(shared, kernels_.prepared_floats(linear, Role::prompt, y.rows() - y.generated));
             break;
         }
+        case Kind::low_rank: {
+            const Table &down = call.tables[static_cast<size_t>(operation.down)], &up = call.tables[static_cast<size_t>(operation.up)];
+            if (down.width != operation.stage.width || up.width != operation.outputs || down.rank != up.rank ||
+                down.slots != up.slots || down.dtype != up.dtype || operation.layer >= std::min(down.layers, up.layers) ||
+                down.rank > kMostRank)
+                throw std::invalid_argument("low_rank: the tables do not fit the input");
+            if (call.segments) {
+                for (const Segment& segment : *call.segments) check_index("gather of adapters", segment.slot, down.slots);
+            } else {
+                const int32_t* slots = call.numbers_of(operation.slot, "slot", y.batch);
+                for (int64_t b = 0; b < y.batch; ++b) check_index("gather of adapters", slots[b], down.slots);
+            }
+            break;
+        }
         case Kind::norm: break;
     }
 }
@@ -228,6 +246,7 @@ void Program::execute(Call& call) {
         for (const Operation& operation : operations_) switch (operation.kind) {
                 case Kind::norm: norm(operation, pool); break;
                 case Kind::linear: linear(operation, pool); break;
+                case Kind::low_rank: low_rank(operation, call, pool); break;
                 case Kind::embedding: embedding(operation, call, pool); break;
                 case Kind::last_rows: last_rows(operation, call, pool); break;
                 case Kind::attention: attention(operation, call, pool); break;

@@ -19,7 +19,7 @@
 
 namespace nvtripy_portable {
 
-enum class Kind : int { norm, linear, embedding, last_rows, attention };
+enum class Kind : int { norm, linear, low_rank, embedding, last_rows, attention };
 
 constexpr int kNone = -1;
 
@@ -29,6 +29,7 @@ struct Operation {
     int x = kNone;         // value read
     int y = kNone;         // value written
     int residual = kNone;  // value added
+    int addend = kNone;    // linear: value added before the activation
 
     InputStage stage;  // linear; a norm takes only that of it
     Matrix weight;     // linear's weight or embedding's table
@@ -36,6 +37,11 @@ struct Operation {
     const float* bias = nullptr;
     Activation activation = Activation::none;
     bool takes_integers = false;  // linear: inputs may be rounded to 16 bits, block by block, where that is faster
+
+    // low_rank: its input has linear's gate, if any
+    int slot = kNone;             // (B,), among the integer inputs: which adapter
+    int down = kNone, up = kNone; // among the tables
+    int64_t outputs = 0;
 
     int tokens = kNone;    // embedding's ids (B, T), among the integer inputs
     int position = kNone;  // embedding's and attention's (B,)
@@ -72,6 +78,19 @@ struct FloatArray {
     int64_t batch = 0, length = 0;
 };
 
+// What tokens choose of by number: the matrices of adapters, (slots, layers, rank, width).
+struct Table {
+    const void* data = nullptr;
+    Dtype dtype = Dtype::f32;
+    int64_t slots = 0, layers = 0, rank = 0, width = 0;
+
+    int64_t layer_bytes() const { return rank * width * (dtype == Dtype::f32 ? 4 : 2); }
+    int64_t bytes() const { return slots * layers * layer_bytes(); }
+    const void* at(int64_t slot, int64_t layer) const {
+        return static_cast<const char*>(data) + (slot * layers + layer) * layer_bytes();
+    }
+};
+
 class IndexError : public std::out_of_range {
     using std::out_of_range::out_of_range;
 };
@@ -86,14 +105,16 @@ public:
     // generated ones where there is one of each sequence, else a prompt's. Everything is checked before anything is written.
     // Throws IndexError for token ids, positions and rows outside of their tables, std::invalid_argument for shapes that
     // do not fit.
-    void run(const std::vector<IntegerInput>& integers, const std::vector<Cache>& caches,
+    void run(const std::vector<IntegerInput>& integers, const std::vector<Cache>& caches, const std::vector<Table>& tables,
              const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs);
 
     // Any mix of sequences, packed: `tokens` are what the segments say, in their order, generated ones before prompts'; the
-    // output has a row for each of `rows`, which are numbers of tokens. What the graph calls the tokens, the positions and
-    // the rows of interest is these. Throws as `run`.
+    // output has a row for each of `rows`, which are numbers of tokens. What the graph calls the tokens, the positions, the
+    // slots and the rows of interest is these. Slots that are `empty` (one byte each; nullptr: none is) have nothing but
+    // zeros in the tables. Throws as `run`.
     void step(const IntegerInput& tokens, const std::vector<Segment>& segments, const IntegerInput& rows,
-              const std::vector<Cache>& caches, const FloatArray& output);
+              const std::vector<Cache>& caches, const std::vector<Table>& tables, const uint8_t* empty,
+              const FloatArray& output);
 
     const char* isa() const { return kernels_.name; }
 
@@ -106,10 +127,16 @@ private:
         float* data = nullptr;
         int64_t batch = 0, length = 0;
         int64_t generated = 0;
+        bool is_zero = false;  // then its memory holds anything
         int64_t rows() const { return batch * length; }
+    };
+    // Rows that meet the same adapter.
+    struct Together {
+        int64_t first, count, slot;
     };
     struct Call {
         const std::vector<Cache>& caches;
+        const std::vector<Table>& tables;
         const std::vector<FloatArray>& inputs;
         const std::vector<FloatArray>& outputs;
         const std::vector<IntegerInput>* integers = nullptr;  // of `run`
@@ -117,6 +144,7 @@ private:
         const IntegerInput* tokens = nullptr;
         const std::vector<Segment>* segments = nullptr;
         const IntegerInput* rows = nullptr;
+        const uint8_t* empty = nullptr;
 
         const IntegerInput& tokens_of(const Operation& operation) const {
             return tokens ? *tokens : (*integers)[static_cast<size_t>(operation.tokens)];
@@ -141,6 +169,8 @@ private:
 
     void norm(const Operation& operation, ThreadPool& pool);
     void linear(const Operation& operation, ThreadPool& pool);
+    void low_rank(const Operation& operation, const Call& call, ThreadPool& pool);
+    const float* addend_of(const Operation& operation, int64_t row);
     int64_t rows_together(const Matrix& weight, const ThreadPool& pool) const;  // that are a unit of work with generated tokens
     void multiply_few(const Operation& operation, ThreadPool& pool);
     void multiply_many(const Operation& operation, Role role, int64_t first, int64_t tokens, ThreadPool& pool);
@@ -158,6 +188,7 @@ private:
     std::vector<Value> values_;
     std::vector<Sequences> sequences_;   // of the call at hand, by where their positions come from
     std::vector<int32_t> positions_;     // of each row of a packed call
+    std::vector<Together> together_;     // of the operation at hand
     std::vector<Memory> memory_;         // of buffers
     std::vector<Memory> thread_memory_;  // scratch of each thread
     Memory shared_;                      // scratch of an operation

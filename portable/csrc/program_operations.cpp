@@ -15,6 +15,10 @@ constexpr int64_t kUnitsPerThread = 4;    // on many threads
 // The index that NumPy would take: negative ones count from the end.
 int64_t wrapped(int64_t index, int64_t length) { return index < 0 ? index + length : index; }
 
+void add(float* y, const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+}
+
 }  // namespace
 
 void Program::norm(const Operation& operation, ThreadPool& pool) {
@@ -40,6 +44,7 @@ void Program::multiply_few(const Operation& operation, ThreadPool& pool) {
     const Matrix& weight = operation.weight;
     const Value &x = value(operation.x), &y = value(operation.y);
     const float* residual = operation.residual == kNone ? nullptr : value(operation.residual).data;
+    const float* addend = addend_of(operation, 0);
     const int64_t tokens = x.generated, outputs = weight.rows;
     const int64_t rows = rows_together(weight, pool), units = divide_up(outputs, rows);
     const bool plain = kernels_.prepared_floats(linear, Role::generated, tokens) == 0;
@@ -55,9 +60,11 @@ void Program::multiply_few(const Operation& operation, ThreadPool& pool) {
         const int64_t begin = unit * rows, end = std::min(begin + rows, outputs);
         kernels_.multiply(linear, Role::generated, plain ? x.data : own, tokens, 0, tokens, begin, end, y.data + begin,
                           outputs, own + few_floats_);
-        for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t t = 0; t < tokens; ++t) {
+            if (addend) add(y.data + t * outputs + begin, addend + t * outputs + begin, end - begin);
             kernels_.finish(y.data + t * outputs + begin, end - begin, operation.bias ? operation.bias + begin : nullptr,
                             operation.activation, residual ? residual + t * outputs + begin : nullptr);
+        }
     });
 }
 
@@ -70,6 +77,7 @@ void Program::multiply_many(const Operation& operation, Role role, int64_t from,
     float* y = value(operation.y).data + from * outputs;
     const float* residual =
         operation.residual == kNone ? nullptr : value(operation.residual).data + from * outputs;
+    const float* addend = addend_of(operation, from);
     const bool plain = kernels_.prepared_floats(linear, role, tokens) == 0;
     const float* prepared = plain ? x : shared_.data();
     const int64_t group = kernels_.token_group;
@@ -90,9 +98,62 @@ void Program::multiply_many(const Operation& operation, Role role, int64_t from,
         float* to = y + first * outputs + begin;
         kernels_.multiply(linear, role, prepared, tokens, first, count, begin, end, to, outputs,
                           memory_of(thread) + few_floats_);
-        for (int64_t t = 0; t < count; ++t)
+        for (int64_t t = 0; t < count; ++t) {
+            if (addend) add(to + t * outputs, addend + (first + t) * outputs + begin, end - begin);
             kernels_.finish(to + t * outputs, end - begin, operation.bias ? operation.bias + begin : nullptr,
                             operation.activation, residual ? residual + (first + t) * outputs + begin : nullptr);
+        }
+    });
+}
+
+// What is added before the activation, from a row on; nullptr where there is nothing.
+const float* Program::addend_of(const Operation& operation, int64_t row) {
+    if (operation.addend == kNone || value(operation.addend).is_zero) return nullptr;
+    return value(operation.addend).data + row * operation.weight.rows;
+}
+
+// Neighbouring rows with the same adapter meet it together; each row's sums are its own.
+void Program::low_rank(const Operation& operation, const Call& call, ThreadPool& pool) {
+    const Value& x = value(operation.x);
+    Value& y = value(operation.y);
+    const Table &down = call.tables[static_cast<size_t>(operation.down)], &up = call.tables[static_cast<size_t>(operation.up)];
+    together_.clear();
+    const auto put = [&](int64_t first, int64_t count, int64_t slot) {
+        slot = wrapped(slot, down.slots);
+        for (int64_t row = first; row < first + count; ++row) {
+            const bool goes_on = !together_.empty() && together_.back().slot == slot &&
+                                 together_.back().count < kRowsOfAdapter && together_.back().first + together_.back().count == row;
+            if (goes_on) ++together_.back().count;
+            else together_.push_back({row, 1, slot});
+        }
+    };
+    if (call.segments) {
+        for (const Segment& segment : *call.segments) put(segment.row, segment.count, segment.slot);
+    } else {
+        const int32_t* slots = (*call.integers)[static_cast<size_t>(operation.slot)].data;
+        for (int64_t b = 0; b < x.batch; ++b) put(b * x.length, x.length, slots[b]);
+    }
+    const auto is_empty = [&](const Together& each) { return call.empty && call.empty[each.slot]; };
+    y.is_zero = std::all_of(together_.begin(), together_.end(), is_empty);
+    if (y.is_zero) return;
+    const InputStage& stage = operation.stage;
+    pool.each(static_cast<int64_t>(together_.size()), [&](int64_t unit, int thread) {
+        const Together& each = together_[static_cast<size_t>(unit)];
+        float* to = y.data + each.first * operation.outputs;
+        if (is_empty(each)) {
+            std::fill_n(to, each.count * operation.outputs, 0.0f);
+            return;
+        }
+        float *few = memory_of(thread) + few_floats_, *gated = few + kRowsOfAdapter * kMostRank;
+        const float* from = x.data + each.first * stage.input_width();
+        if (stage.gate != Activation::none) {
+            for (int64_t t = 0; t < each.count; ++t)
+                kernels_.apply_gate(from + t * stage.input_width(), stage.gate, stage.width, gated + t * stage.width);
+            from = gated;
+        }
+        const LowRank matrices{down.at(each.slot, operation.layer), up.at(each.slot, operation.layer), down.dtype, down.rank,
+                               stage.width, operation.outputs};
+        kernels_.low_rank(matrices, from, stage.width, each.count, to, few);
     });
 }
 

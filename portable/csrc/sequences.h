@@ -18,6 +18,7 @@ struct Segment {
     Role role = Role::prompt;
     const int32_t* pages = nullptr;  // the sequence's table
     int64_t capacity = 0;            // tokens that its pages hold
+    int32_t slot = 0;                // of its adapter
 
     // The keys that token t sees: as many as `window`, its own included, or all where that is 0.
     SeenKeys seen(int64_t t, int64_t window) const {

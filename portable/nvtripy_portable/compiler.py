@@ -16,6 +16,7 @@ from nvtripy_portable.passes import (
     last_rows,
     layer_norm,
     linear,
+    low_rank,
     merge_equal,
     rms_norm,
     rotary,
@@ -29,6 +30,7 @@ PASSES = (
     merge_equal.run,
     weights.run,
     rms_norm.run,
+    low_rank.run,  # before linear operations take what is added to them for a residual
     linear.run,
     layer_norm.run,
     rotary.run,

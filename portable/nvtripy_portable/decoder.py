@@ -1,7 +1,7 @@
 """A compiled model that continues any mix of sequences, called without nvtripy in between.
 
 The compiled function is ``(idx, position, cache, last) -> (logits, cache)``, for as many sequences of one length as it
-was compiled for. What its graph says of attention, of positions and of the rows whose logits are wanted holds for each
+was compiled for; where sequences choose among adapters (LoRA), ``slot`` and the adapters' tables come after these. What its graph says of attention, of positions and of the rows whose logits are wanted holds for each
 token; so a step may as well take whatever tokens there are: pieces of prompts and single generated tokens of many
 sequences, packed without padding. Their keys and values lie in pages of one pool (:mod:`pages`).
 
@@ -50,8 +50,10 @@ PROMPT_TOKENS = 1024
 
 GENERATED, PROMPT = 0, 1  # a segment's role
 
-# Runs a packed step, (tokens, segments, tables, rows, memory, page_tokens, logits), and fills the logits.
-_Step = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, np.ndarray], None]
+# Runs a packed step, (tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits), and fills the logits.
+_Step = Callable[
+    [np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, list[np.ndarray], np.ndarray, np.ndarray], None
+]
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Piece:
         generated: Whether the model made them; else they are a prompt's.
         rows: For which of the tokens logits are wanted, counted from the piece's first; None for the last one, if there
             is any.
+        slot: Which of the adapters the sequence has, from 1 on; 0: none.
     """
 
     tokens: Sequence[int] | np.ndarray
@@ -73,6 +76,7 @@ class Piece:
     pages: Sequence[int] | np.ndarray
     generated: bool = False
     rows: Sequence[int] | None = None
+    slot: int = 0
 
     def wanted(self) -> Sequence[int]:
         """The tokens whose logits are wanted."""
@@ -88,6 +92,7 @@ class Decoder:
         context: How many tokens a sequence can have.
         vocabulary: How many logits a token has.
         window: How many tokens one sees at most, itself included; None where it sees all.
+        slots: How many adapters there is room for; 0 where the model has none.
     """
 
     def __init__(self, step: _Step, roles: _Roles, page_tokens: int, pages: int | None) -> None:
@@ -100,6 +105,12 @@ class Decoder:
         self.window = roles.window
         self.pool = PagePool(count)
         self._step = step
+        # What slot 0 has is none, and stays so.
+        tables = [value.type for value in roles.tables]
+        self.slots = int(tables[0].shape[0] or 0) - 1 if tables else 0
+        self._adapters = [np.zeros(each.shape, DTYPES[each.dtype]) for each in tables]  # type: ignore[arg-type]
+        self._bytes = [raw(each) for each in self._adapters]
+        self._empty = np.ones(self.slots + 1, np.uint8)
         # Memory of pages that nobody has used is not there yet: the system gives it when it is written.
         self._memory = raw(np.zeros((count, layers, two, heads, page_tokens, size), DTYPES[type.dtype]))
 
@@ -137,6 +148,32 @@ class Decoder:
         last tokens."""
         self._memory[target] = self._memory[source]
 
+    def set_adapter(self, slot: int, matrices: Sequence[np.ndarray] | None) -> None:
+        """Puts an adapter into a slot, for the steps that come.
+
+        Args:
+            slot: From 1 to ``slots``.
+            matrices: For each of the model's tables (layers, rank, width), in their order; a smaller rank is filled up with
+                zeros. None: the slot is empty again, which is as if a sequence had no adapter.
+
+        Raises:
+            ValueError: there is no such slot, or the matrices do not fit the tables.
+        """
+        if not 1 <= slot <= self.slots:
+            raise ValueError(f"expected a slot from 1 to {self.slots} but got {slot}")
+        given = [None] * len(self._adapters) if matrices is None else matrices
+        if len(given) != len(self._adapters):
+            raise ValueError(f"expected {len(self._adapters)} matrices but got {len(given)}")
+        for table, matrix in zip(self._adapters, given, strict=True):
+            layers, rank, width = table.shape[1:]
+            if matrix is not None and (matrix.shape[::2] != (layers, width) or matrix.shape[1] > rank):
+                raise ValueError(f"expected a matrix of at most {table.shape[1:]} but got {matrix.shape}")
+        for table, matrix in zip(self._adapters, given, strict=True):
+            table[slot] = 0
+            if matrix is not None:
+                table[slot, :, : matrix.shape[1]] = matrix
+        self._empty[slot] = matrices is None
+
     def step(self, pieces: Sequence[Piece]) -> np.ndarray:
         """The logits that the pieces ask for, float32 (rows, vocabulary), in the order of the pieces. Their keys and
         values are in their pages from then on.
@@ -147,12 +184,12 @@ class Decoder:
         """
         order = sorted(range(len(pieces)), key=lambda i: not pieces[i].generated)
         widest = max((len(piece.pages) for piece in pieces), default=0)
-        segments = np.empty((len(pieces), 3), np.int32)
+        segments = np.empty((len(pieces), 4), np.int32)
         tables = np.full((len(pieces), widest), -1, np.int32)
         starts, tokens, start = {}, [], 0
         for row, number in enumerate(order):
             piece = pieces[number]
-            segments[row] = len(piece.tokens), piece.position, GENERATED if piece.generated else PROMPT
+            segments[row] = len(piece.tokens), piece.position, GENERATED if piece.generated else PROMPT, piece.slot
             tables[row, : len(piece.pages)] = piece.pages
             tokens.append(np.asarray(piece.tokens, np.int32))
             starts[number], start = start, start + len(piece.tokens)
@@ -170,8 +207,8 @@ class Decoder:
 
         Args:
             tokens: Ids of all pieces' tokens, (N,): generated ones before prompts'.
-            segments: Of each piece how many tokens it has, the position of the first, and ``GENERATED`` or ``PROMPT``,
-                (S, 3).
+            segments: Of each piece how many tokens it has, the position of the first, ``GENERATED`` or ``PROMPT``, and its
+                adapter's slot, (S, 4).
             tables: Of each piece the pages, (S, pages); what comes after those that are needed is not looked at.
             rows: For which tokens logits are wanted, (R,).
 
@@ -180,7 +217,10 @@ class Decoder:
         """
         logits = np.empty((len(rows), self.vocabulary), np.float32)
         if len(tokens):
-            self._step(tokens, segments, tables, rows, self._memory, self.page_tokens, logits)
+            if self.slots == 0 and segments[:, 3].any():
+                raise ValueError("expected slot 0, as the model has no adapters")
+            memory, adapters = self._memory, self._bytes
+            self._step(tokens, segments, tables, rows, memory, self.page_tokens, adapters, self._empty, logits)
         return logits
 
 
@@ -192,9 +232,14 @@ class Rows:
         self._tables = np.full((batch, -(-decoder.context // decoder.page_tokens)), -1, np.int32)
         self._held = np.zeros(batch, np.int32)  # pages of each row
         # Of one generated token each; only positions change from step to step.
-        self._segments = np.full((batch, 3), GENERATED, np.int32)
-        self._segments[:, 0] = 1
+        self._segments = np.zeros((batch, 4), np.int32)
+        self._segments[:, 0], self._segments[:, 2] = 1, GENERATED
+        self._slots = np.zeros(batch, np.int32)
         self._all = np.arange(batch, dtype=np.int32)
+
+    def choose(self, slots: Sequence[int] | np.ndarray) -> None:
+        """Which adapter each row's sequence has, (B,), from the next step on; 0: none."""
+        self._slots[:] = self._segments[:, 3] = slots
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences. A sequence that begins at position 0 takes the place of its row's old one.
@@ -230,7 +275,8 @@ class Rows:
                 self._hold(row, start, count)
                 generated = idx.shape[1] == 1 and start > 0
                 table, is_last = self._tables[row, : self._held[row]], begin + count > int(last[row])
-                pieces.append(Piece(idx[row, begin : begin + count], start, table, generated, None if is_last else []))
+                tokens, wanted = idx[row, begin : begin + count], None if is_last else []
+                pieces.append(Piece(tokens, start, table, generated, wanted, int(self._slots[row])))
                 ended += [row] * is_last
             logits[ended] = self._decoder.step(pieces)
         return logits
@@ -266,6 +312,8 @@ class _Roles:
     position: Value
     cache: Value
     last: Value
+    slot: Value | None
+    tables: list[Value]
     vocabulary: int
     window: int | None
 
@@ -276,6 +324,7 @@ class _Roles:
         operations = {kind: [each for each in graph.operations if each.kind == kind] for kind in _KINDS}
         if not all(operations.values()) or {each.kind for each in graph.operations} - _KINDS - {
             "linear",
+            "low_rank",
             "layer_norm",
             "rms_norm",
             "constant",
@@ -283,7 +332,13 @@ class _Roles:
             return None
         caches = [value for value in inputs if value.type.rank == 6]
         arrays = [value for value in graph.outputs if value.type.rank == 2 and value.type.dtype == "f32"]
-        if len(inputs) != 4 or len(caches) != 1 or len(arrays) != 1 or len(graph.outputs) != 2:
+        products = [each for each in graph.operations if each.kind == "low_rank"]
+        slots = {each.operands[1] for each in products}
+        adapters = {value for each in products for value in each.operands[2:]}
+        tables = [entry.value for entry in graph.inputs if entry.value in adapters]
+        if len(tables) != len(adapters) or len({value.type.shape[0] for value in tables}) > 1 or len(slots) > 1:
+            return None
+        if len(inputs) != 4 + len(tables) + len(slots) or len(caches) != 1 or len(arrays) != 1 or len(graph.outputs) != 2:
             return None
         idx = {each.operands[0] for each in operations["embedding"]}
         position = {each.operands[1] for each in operations["embedding"] if each.attributes["position_dtype"]}
@@ -293,11 +348,12 @@ class _Roles:
         if len(idx) != 1 or len(position) != 1 or len(last) != 1 or not isinstance(vocabulary, int):
             return None
         found = (*idx, *position, caches[0], *last)
-        if {each for each in found if each is not None} != inputs or not caches[0].type.is_static:
+        if {each for each in (*found, *slots, *tables) if each is not None} != inputs or not caches[0].type.is_static:
             return None
         first, second, third, fourth = (each for each in found if each is not None)
         windows = [each.attributes["window"] for each in operations["attention"]]
-        return _Roles(first, second, third, fourth, vocabulary, None if None in windows else max(windows))
+        window = None if None in windows else max(windows)
+        return _Roles(first, second, third, fourth, next(iter(slots), None), tables, vocabulary, window)
 
 
 _KINDS = {"embedding", "attention", "last_rows"}
@@ -319,11 +375,14 @@ class _Interpreted:
         rows: np.ndarray,
         memory: np.ndarray,
         page_tokens: int,
+        adapters: list[np.ndarray],
+        empty: np.ndarray,
         logits: np.ndarray,
     ) -> None:
         start = 0
         with contextlib.ExitStack() as undo:  # if anything is found wrong
-            for (count, position, _), table in zip(segments.tolist(), tables, strict=True):
+            for (count, position, _, slot), table in zip(segments.tolist(), tables, strict=True):
+                chosen = self._chosen(slot, adapters)
                 held = table[: -(-(position + count) // page_tokens)]
                 window = self._roles.window
                 seen = held[0 if window is None else max(position + 1 - window, 0) // page_tokens :]
@@ -335,7 +394,7 @@ class _Interpreted:
                 held = np.concatenate([np.full(unseen, seen[0]), seen]) if unseen else held  # whatever they hold
                 # The graph gives one row's logits; whichever, its cache is the same.
                 for row in {*(rows[here] - start).tolist(), count - 1} if count else ():
-                    found, cache = self._run(ids, position, row, memory, held)
+                    found, cache = self._run(ids, position, row, memory, held, chosen)
                     logits[here[rows[here] - start == row]] = found
                 if count:
                     undo.callback(memory.__setitem__, seen, memory[seen])
@@ -343,8 +402,22 @@ class _Interpreted:
                 start += count
             undo.pop_all()
 
+    def _chosen(self, slot: int, adapters: list[np.ndarray]) -> dict[Value, np.ndarray]:
+        if self._roles.slot is None:
+            return {}
+        types = [value.type for value in self._roles.tables]
+        tables = [each.view(DTYPES[type.dtype]).reshape(type.shape) for each, type in zip(adapters, types, strict=True)]  # type: ignore[arg-type]
+        slots = np.full(self._roles.slot.type.shape, slot, np.int32)  # type: ignore[arg-type]
+        return {self._roles.slot: slots, **dict(zip(self._roles.tables, tables, strict=True))}
+
     def _run(
-        self, ids: np.ndarray, position: int, row: int, memory: np.ndarray, held: np.ndarray
+        self,
+        ids: np.ndarray,
+        position: int,
+        row: int,
+        memory: np.ndarray,
+        held: np.ndarray,
+        chosen: dict[Value, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
         type = self._roles.cache.type
         layers, two, batch, heads, context, size = (int(each) for each in type.shape)  # type: ignore[arg-type]
@@ -357,6 +430,7 @@ class _Interpreted:
             self._roles.position: np.full(batch, position, np.int32),
             self._roles.cache: cache,
             self._roles.last: np.full(batch, row, np.int32),
+            **chosen,
         }
         try:
             outputs = interpreter.run(self._plan, [given[each] for each in self._inputs])

@@ -62,6 +62,7 @@ def linear(
     residual: Array | None,
     pre_scale: Array | None,
     input_scale: Array | None,
+    addend: Array | None,
     *,
     weight_dtype: str,
     width: int,
@@ -70,13 +71,13 @@ def linear(
     activation: str | None,
     dtype: DTypeLike,
 ) -> Array:
-    """``activation(round(x * pre_scale) @ rows.T + bias) + residual``: (..., width) → (..., N).
+    """``activation(round(x * pre_scale) @ rows.T + bias + addend) + residual``: (..., width) → (..., N).
 
     Args:
         x: (..., width), or with a gate (..., 2 * width): the input is then ``gate(first half) * second half``.
         weight_scale: None where the weights are floats already.
         bias: (N,).
-        residual: As the result.
+        residual, addend: As the result.
         pre_scale: (width,).
         input_scale: A scalar by which inputs are rounded to ``input_dtype`` and scaled back; with ``input_dtype`` and
             without it, inputs are scaled token by token, by the largest magnitude of each over 127.
@@ -88,9 +89,7 @@ def linear(
     wanted = width if gate is None else 2 * width
     if x.shape[-1] != wanted:
         raise ValueError(f"linear expects a last dimension of {wanted}, but got {x.shape}.")
-    wide = _wide(x).reshape(-1, wanted)
-    if gate is not None:
-        wide = ACTIVATIONS[gate](wide[:, :width]) * wide[:, width:]
+    wide = _gated(_wide(x).reshape(-1, wanted), gate)
     if pre_scale is not None:
         wide = wide * _wide(pre_scale)
     if input_dtype is not None:
@@ -102,12 +101,38 @@ def linear(
         np.matmul(wide, reference.widened_rows(weight[part], scale, weight_dtype, width).T, out=result[:, part])
     if bias is not None:
         result += _wide(bias)
+    if addend is not None:
+        result += _wide(addend).reshape(result.shape)
     if activation is not None:
         result = ACTIVATIONS[activation](result)
     result = result.reshape(*x.shape[:-1], len(weight))
     if residual is not None:
         result = result + _wide(residual)
     return reference.cast(result, dtype=dtype)
+
+
+def _gated(wide: NDArray[np.float32], gate: str | None) -> NDArray[np.float32]:
+    """``gate(first half) * second half`` of the last dimension; without a gate the same again."""
+    width = wide.shape[-1] // 2
+    return wide if gate is None else ACTIVATIONS[gate](wide[..., :width]) * wide[..., width:]
+
+
+def low_rank(
+    x: Array, slot: Array, down: Array, up: Array, *, layer: int, gate: str | None, dtype: DTypeLike
+) -> Array:
+    """``x @ down.T @ up`` of small matrices that each sequence chooses (LoRA; Hu et al. 2021): (B, T, width) → (B, T, N).
+
+    Args:
+        x: With a gate (B, T, 2 * width): the input is then ``gate(first half) * second half``.
+        slot: Which of the adapters, (B,).
+        down: (adapters, layers, rank, width).
+        up: (adapters, layers, rank, N).
+        layer: Which of their layers.
+        gate: A key of ``ACTIVATIONS``, or None.
+    """
+    wide = _gated(_wide(x), gate)
+    chosen = [_wide(reference.gather(each[:, layer], slot, axis=0)) for each in (down, up)]  # (B, rank, ...)
+    return reference.cast(wide @ np.swapaxes(chosen[0], 1, 2) @ chosen[1], dtype=dtype)
 
 
 def round_trip(wide: NDArray[np.float32], dtype: np.dtype[Any], scale: Array | None) -> NDArray[np.float32]:
@@ -261,6 +286,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "linear": linear,
+    "low_rank": low_rank,
     "embedding": embedding,
     "last_rows": last_rows,
     "rotary": rotary,

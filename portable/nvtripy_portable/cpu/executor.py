@@ -51,15 +51,16 @@ class Executor:
                 shape = (*inputs[output.source].shape[: output.leading], output.width)
                 arrays.append(np.empty(shape, np.float32))
         integers = [_array(inputs[each]) for each in lowered.integers]
+        tables = [raw(_array(inputs[each])) for each in lowered.tables]
         floats = [np.ascontiguousarray(_array(inputs[each]), np.float32) for each in lowered.floats]
         if not lowered.caches:
-            self.call(integers, [], floats, arrays)
+            self.call(integers, [], tables, floats, arrays)
             steps = []
         else:
             with LOCK:
                 steps = self._steps(inputs)
                 try:
-                    self.call(integers, [raw(step.memory) for step in steps], floats, arrays)
+                    self.call(integers, [raw(step.memory) for step in steps], tables, floats, arrays)
                 except BaseException:
                     for step in steps:
                         step.take_back()
@@ -87,6 +88,7 @@ class Executor:
         self,
         integers: list[np.ndarray],
         caches: list[np.ndarray],
+        tables: list[np.ndarray],
         floats: list[np.ndarray],
         outputs: list[np.ndarray],
     ) -> None:
@@ -96,7 +98,7 @@ class Executor:
             ExecutionError: as :meth:`run`.
         """
         try:
-            self.lowered.program.run(integers, caches, floats, outputs)
+            self.lowered.program.run(integers, caches, tables, floats, outputs)
         except (IndexError, ValueError) as error:
             raise ExecutionError(f"{error}{where(self.lowered.location)}") from error
 
@@ -108,6 +110,8 @@ class Executor:
         rows: np.ndarray,
         memory: np.ndarray,
         page_tokens: int,
+        adapters: list[np.ndarray],
+        empty: np.ndarray,
         logits: np.ndarray,
     ) -> None:
         """One packed step, as ``decoder.Decoder.run`` describes it, of a program that is a decoder.
@@ -116,7 +120,9 @@ class Executor:
             ValueError: a token id, a position or a row that is not in its table, or pages that do not hold the tokens.
         """
         try:
-            self.lowered.program.step(tokens, segments, tables, rows, memory, page_tokens, logits)
+            self.lowered.program.step(
+                tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits
+            )
         except (IndexError, ValueError) as error:
             raise ValueError(f"{error}{where(self.lowered.location)}") from error
 

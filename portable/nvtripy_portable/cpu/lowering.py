@@ -13,6 +13,7 @@ from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
 
 _FLOATS = ("f32", "f16", "bf16")
 _CACHES = ("f32", "f16", "bf16", "i8")
+_MOST_RANK = 1024  # of an adapter: csrc/kernels.h
 _INTEGER_BLOCK = 32  # weights that share a scale in integer products: a multiple of this
 
 
@@ -38,6 +39,7 @@ class Lowered:
     integers: list[int]
     floats: list[int]
     caches: list[int]
+    tables: list[int]  # of adapters
     positions: list[int]  # for each cache, which input says where it is written
     lengths: list[tuple[int, int]]  # and which dimension of which input says how many rows
     outputs: list[Output]
@@ -89,6 +91,7 @@ class _Lowering:
         self.integers: list[int] = []
         self.floats: list[int] = []
         self.caches: list[int] = []
+        self.tables: list[int] = []
         self.cache_of: dict[Value, int] = {}  # every version of a cache
         self.newest: dict[int, Value] = {}
         self.positions: list[int] = []
@@ -125,6 +128,10 @@ class _Lowering:
                 (self.graph.inputs[each].value.type.dtype, self.graph.inputs[each].value.type.shape)
                 for each in self.caches
             ],
+            [
+                (self.graph.inputs[each].value.type.dtype, self.graph.inputs[each].value.type.shape)
+                for each in self.tables
+            ],
             self._buffers(arrays),
             self.widths,
             [self.values[self.graph.inputs[each].value] for each in self.floats],
@@ -135,6 +142,7 @@ class _Lowering:
             self.integers,
             self.floats,
             self.caches,
+            self.tables,
             self.positions,
             self.lengths,
             outputs,
@@ -145,7 +153,8 @@ class _Lowering:
         """For each value the number of its buffer: one is free again after its value was read for the last time."""
         given = {self.values[value] for value in outputs}
         given |= {self.values[self.graph.inputs[each].value] for each in self.floats}
-        reads = [(form[key], step) for step, form in enumerate(self.forms) for key in ("x", "residual") if key in form]
+        keys = ("x", "residual", "addend")
+        reads = [(form[key], step) for step, form in enumerate(self.forms) for key in keys if key in form]
         last_read = dict(reads)  # the last of each
         buffers = [-1] * len(self.widths)
         free: list[int] = []
@@ -157,7 +166,7 @@ class _Lowering:
                     free.append(count)
                     count += 1
                 buffers[value] = free.pop()
-            for each in {form.get("x", -1), form.get("residual", -1), value}:
+            for each in {value, *(form.get(key, -1) for key in keys)}:
                 if each >= 0 and buffers[each] >= 0 and last_read.get(each, step) <= step:
                     free.append(buffers[each])
         return buffers
@@ -263,12 +272,12 @@ class _Lowering:
         return form | {"epsilon": float(operation.attributes["epsilon"])}
 
     def _linear(self, operation: Operation) -> None:
-        x, weight, weight_scale, bias, residual, pre_scale, input_scale = operation.operands
+        x, weight, weight_scale, bias, residual, pre_scale, input_scale, addend = operation.operands
         attributes = operation.attributes
         width, gate = attributes["width"], attributes["gate"]
         form: dict[str, Any] = {"kind": "linear", "width": width, "gate": gate, "activation": attributes["activation"]}
         assert x is not None
-        if x in self.norms and x is not residual:
+        if x in self.norms and x is not residual:  # nor the addend: that comes of an operation of its own
             form |= self._norm(self.norms[x])
             form["x"] = self._float(self.norms[x].operands[0])
         else:
@@ -294,8 +303,32 @@ class _Lowering:
             form["residual"] = self._float(residual)
             # Broadcasts are the reference's business.
             _require(self.widths[form["residual"]] == rows and self.leading[residual] == self.leading[x])
+        if addend is not None:
+            form["addend"] = self._float(addend)
+            _require(self.widths[form["addend"]] == rows and self.leading[addend] == self.leading[x])
         form["y"] = self._result(operation, x, rows)
         self.forms.append(form)
+
+    def _low_rank(self, operation: Operation) -> None:
+        x, slot, down, up = operation.operands
+        assert x is not None and down is not None and up is not None
+        gate = operation.attributes["gate"]
+        (_, layers, rank, width), outputs = down.type.shape, up.type.shape[3]
+        number = self._float(x)
+        if not isinstance(width, int) or not isinstance(outputs, int) or not isinstance(rank, int):
+            raise _CannotRun
+        _require(self.widths[number] == (width if gate is None else 2 * width) and self.leading[x][1] == 2)
+        _require(down.type.dtype == up.type.dtype and rank <= _MOST_RANK)
+        form = {"kind": "low_rank", "x": number, "slot": self._integer(slot, 1), "gate": gate, "width": width}
+        form |= {"down": self._table(down), "up": self._table(up), "layer": operation.attributes["layer"]}
+        self.forms.append(form | {"outputs": outputs, "y": self._result(operation, x, outputs)})
+
+    def _table(self, value: Value) -> int:
+        """The number of an adapters' table, which is an input."""
+        _require(value in self.inputs and value.type.is_static and value.type.dtype in _FLOATS)
+        if self.inputs[value] not in self.tables:
+            self.tables.append(self.inputs[value])
+        return self.tables.index(self.inputs[value])
 
     def _embedding(self, operation: Operation) -> None:
         idx, position, table, table_scale, position_table, position_scale = operation.operands

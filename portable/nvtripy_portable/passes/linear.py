@@ -1,7 +1,7 @@
-"""A ``linear`` operation takes in what stands around its product: a gate, scaling and rounding of the input, bias,
-activation, residual and casts.
+"""A ``linear`` operation takes in what stands around its product: a gate, scaling and rounding of the input, bias, an
+adapter's product, activation, residual and casts.
 
-``activation(round(gated(x) * pre_scale) @ rows.T + bias) + residual``: what comes after the product is absorbed from
+``activation(round(gated(x) * pre_scale) @ rows.T + bias + addend) + residual``: what comes after the product is absorbed from
 the inside out, what comes before it from the outside in, so that nothing changes places.
 """
 
@@ -35,14 +35,15 @@ from nvtripy_portable.rewrite import (
 )
 
 _BEFORE_PRODUCT = ("pre_scale", "input_dtype", "gate")  # what an input has gone through already
-_OPERANDS = ("x", "weight", "weight_scale", "bias", "residual", "pre_scale", "input_scale")
+_OPERANDS = ("x", "weight", "weight_scale", "bias", "residual", "pre_scale", "input_scale", "addend")
 
 
 def run(graph: Graph) -> None:
     elements = Elements()
     gates = [
-        Rule(f"{name} gate", Op("linear", Cast(pattern)), functools.partial(_gate, name.partition(",")[0], elements))
+        Rule(f"{name} gate", Op(kind, Cast(pattern)), functools.partial(_gate, name.partition(",")[0], elements))
         for name, pattern in _GATES.items()
+        for kind in ("linear", "low_rank")
     ]
     apply(graph, [*_BEFORE, *gates, *_AFTER])
 
@@ -105,13 +106,11 @@ def _pre_scale(bound: Bound) -> list[Operation] | None:
 
 def _gate(name: str, elements: Elements, bound: Bound) -> list[Operation] | None:
     """``gate(first half) * second half`` of one value's last dimension."""
-    linear, product, parts = (
-        bound.operations["linear"],
-        bound.values["gated"],
-        (bound.values["gate"], bound.values["up"]),
-    )
-    shape, width = product.type.shape, linear.attributes["width"]
-    if _has(linear, "gate") or None in shape or any(part.type.shape != shape for part in parts):
+    root = bound.operations.get("linear") or bound.operations["low_rank"]
+    product, parts = bound.values["gated"], (bound.values["gate"], bound.values["up"])
+    shape = product.type.shape
+    width = shape[-1]
+    if root.attributes["gate"] is not None or None in shape or any(part.type.shape != shape for part in parts):
         return None
     index = tuple(axis(f"x{place}", size) for place, size in enumerate(shape))
     given = within(index, shape)
@@ -124,7 +123,7 @@ def _gate(name: str, elements: Elements, bound: Bound) -> list[Operation] | None
     up = (*index[:-1], add(width, index[-1]))
     if not same_index(first.index, index, given) or not same_index(second.index, up, given):
         return None
-    return [_with(linear, x=x, gate=name)]
+    return [Operation(root.kind, [x, *root.operands[1:]], {**root.attributes, "gate": name}, [])]
 
 
 # --- after the product ------------------------------------------------------------------------------------------------
@@ -133,10 +132,18 @@ def _gate(name: str, elements: Elements, bound: Bound) -> list[Operation] | None
 def _bias(bound: Bound) -> list[Operation] | None:
     linear = bound.operations["linear"]
     vector = as_vector(bound.values["bias"], linear.results[0].type.shape[-1])
-    if vector is None or _has(linear, "bias", "activation", "residual"):
+    if vector is None or _has(linear, "bias", "addend", "activation", "residual"):
         return None
     bias = constant(vector)
     return [bias, _with(linear, bias=bias.results[0])]
+
+
+def _addend(bound: Bound) -> list[Operation] | None:
+    linear, addend = bound.operations["linear"], bound.values["addend"]
+    shape = linear.results[0].type.shape
+    if _has(linear, "addend", "activation", "residual") or addend.type.shape != shape or None in shape:
+        return None
+    return [_with(linear, addend=addend)]
 
 
 def _activation(name: str, bound: Bound) -> list[Operation] | None:
@@ -211,6 +218,7 @@ _GATES = {
 
 _AFTER = (
     Rule("bias", binary("kSUM", _LINEAR, Constant("bias")), _bias, exclusive=True),
+    Rule("an adapter's product", binary("kSUM", _LINEAR, Op("low_rank", name="addend")), _addend),
     *(
         Rule(name, pattern, functools.partial(_activation, name.partition(",")[0]), exclusive=True)
         for name, pattern in _activations(_LINEAR).items()

@@ -141,7 +141,7 @@ def _linear(bound: Bound, packed: _Packed | None) -> list[Operation] | None:
         "activation": None,
         "dtype": result.type.dtype,
     }
-    return [Operation("linear", [x, packed.weight, packed.scale, None, None, None, None], attributes, [])]
+    return [Operation("linear", [x, packed.weight, packed.scale, None, None, None, None, None], attributes, [])]
 
 
 def _float_product(bound: Bound, packer: _Packer) -> list[Operation] | None:
