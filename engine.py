@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,19 @@ def stderr_kept() -> Iterator[None]:
         sys.stderr = stderr
 
 
+@dataclass(frozen=True)
+class AdapterRoom:
+    """Room for adapters (LoRA) in an engine.
+
+    Attributes:
+        count: How many.
+        ranks: The largest rank of each, for each of ``model.ADAPTED``; 0: adapters leave that layer as it is.
+    """
+
+    count: int
+    ranks: tuple[int, ...]
+
+
 class Engine:
     """A compiled GPT and the key-value cache of the sequences that it is continuing.
 
@@ -50,6 +63,7 @@ class Engine:
     @stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
+        self.room = AdapterRoom(config.adapters, config.adapter_ranks)
         self.executable = executable
         try:
             decoder = Decoder.of(executable)
@@ -59,11 +73,33 @@ class Engine:
         self._rows = None if decoder is None else Rows(decoder, batch)
         if self._rows is None:
             self._cache = tp.zeros(config.cache_shape(batch), dtype=config.cache_dtype).eval()
+            self._slots = np.zeros(batch, np.int32)
+            self._tables = [np.zeros(shape, np.float32) for shape in config.adapter_shapes]
+            self._tables_there: list[tp.Tensor] = []
+            self._dtype = config.tripy_dtype
 
     def paged(self, page_tokens: int, pages: int) -> Decoder | None:
         """A decoder of the same model with a pool of its own, for any number of sequences; None where NVIDIA's runtime
         runs the model, whose sequences are ``batch`` rows."""
         return None if self._decoder is None else Decoder.of(self.executable, page_tokens, pages)
+
+    def set_adapter(self, slot: int, matrices: Sequence[np.ndarray | None] | None) -> None:
+        """Puts an adapter into a slot, from 1 on, as ``Decoder.set_adapter``."""
+        if self._decoder is not None:
+            self._decoder.set_adapter(slot, matrices)
+            return
+        for table, matrix in zip(self._tables, matrices or [None] * len(self._tables), strict=True):
+            table[slot] = 0
+            if matrix is not None:
+                table[slot, :, : matrix.shape[1]] = matrix
+        self._tables_there = []
+
+    def choose(self, slots: Sequence[int]) -> None:
+        """Which adapter each sequence of the batch has from the next step on; 0: none."""
+        if self._rows is not None:
+            self._rows.choose(slots)
+        else:
+            self._slots[:] = slots
 
     def step(self, idx: np.ndarray, position: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Appends tokens to the sequences.
@@ -82,7 +118,12 @@ class Engine:
         """
         if self._rows is not None:
             return self._rows.step(idx, position, last)
-        logits, self._cache = self.executable(_to_device(idx), _to_device(position), self._cache, _to_device(last))
+        inputs = [_to_device(idx), _to_device(position), self._cache, _to_device(last)]
+        if self._tables:
+            if not self._tables_there:
+                self._tables_there = [tp.cast(_to_device(each), self._dtype).eval() for each in self._tables]
+            inputs += [_to_device(self._slots), self._tables_there]
+        logits, self._cache = self.executable(*inputs)
         return _to_host(logits)
 
 
@@ -174,6 +215,7 @@ def open_engine(
     batch: int,
     folder: EngineFolder | Path | None = None,
     report: Callable[[str], None] = lambda message: None,
+    room: AdapterRoom | None = None,
 ) -> Engine:
     """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and given
     to the folder to be saved.
@@ -187,11 +229,17 @@ def open_engine(
         CheckpointError: the checkpoint's weights cannot be loaded.
     """
     config = config_of(checkpoint, dtype)
+    if room is not None:
+        config = replace(config, adapters=room.count, adapter_ranks=room.ranks)
     if folder is None:
         return Engine(compile_model(load_model(checkpoint, config), batch), config, batch)
     engines = EngineFolder(folder) if isinstance(folder, Path) else folder
     engines.check()
-    path = engines.file(checkpoint.path, f"{dtype}-batch{batch}", _key(checkpoint, config, batch))
+    path = engines.file(
+        checkpoint.path,
+        f"{dtype}-batch{batch}{f'-adapters{room.count}' if room else ''}",
+        _key(checkpoint, config, batch),
+    )
     if engines.has(path):
         try:
             executable = _load(path, config, batch)
@@ -217,7 +265,8 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
         Exception: of any kind, if the file holds anything else, or an executable for other inputs.
     """
     executable = engine_file.load(path)
-    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != _inputs(config, batch):
+    wanted = [info for each in _inputs(config, batch) for info in (each if isinstance(each, list) else [each])]
+    if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != wanted:
         raise ValueError("it holds something else")
     return executable
 

@@ -208,7 +208,9 @@ class GPTConfig:
             "mlp.c_proj": (self.inner_size, self.n_embd),
         }
         ranks = zip(ADAPTED, self.adapter_ranks if self.adapters else (0,) * len(ADAPTED), strict=True)
-        return [(self.adapters + 1, self.n_layer, rank, width) for name, rank in ranks if rank for width in widths[name]]
+        return [
+            (self.adapters + 1, self.n_layer, rank, width) for name, rank in ranks if rank for width in widths[name]
+        ]
 
     def cache_shape(self, batch: int) -> tuple[int, int, int, int, int, int]:
         """Shape of the key-value cache for ``batch`` sequences: (L, 2, B, G, C, D), keys before values."""
@@ -388,7 +390,9 @@ class Adapters:
 
     def __init__(self, config: GPTConfig, slot: tp.Tensor, tables: Sequence[tp.Tensor]) -> None:
         self.slot, each = slot, iter(tables)
-        self.pairs = {name: (next(each), next(each)) for name, r in zip(ADAPTED, config.adapter_ranks, strict=True) if r}
+        self.pairs = {
+            name: (next(each), next(each)) for name, r in zip(ADAPTED, config.adapter_ranks, strict=True) if r
+        }
 
     def __call__(self, name: str, layer: int, x: tp.Tensor) -> tp.Tensor | None:
         """What is added to a layer's result, (B, T, in_features) → (B, T, out_features)."""

@@ -28,6 +28,7 @@ class Checkpoint:
     Attributes:
         path: The folder or file.
         config: Its settings.
+        layout: How its parameters are named as they are stored.
         weight_files: The files that hold its weights.
         tokenizer_source: Where its tokenizer comes from: a folder, or what tokenizing/sources.py has.
 
@@ -38,22 +39,22 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         opened = open_path(path)
-        self.config, self._layout, self._tensors = opened.config, opened.layout, opened.tensors
+        self.config, self.layout, self._tensors = opened.config, opened.layout, opened.tensors
         self.weight_files, self._origin = opened.files, opened.origin
         self.tokenizer_source = opened.tokenizer_source
         self._stored_names = self._without_prefix()  # → names in the file
-        wte, head = (f"{self._layout.table[name].names[0]}.weight" for name in ("wte", "lm_head"))
+        wte, head = (f"{self.layout.table[name].names[0]}.weight" for name in ("wte", "lm_head"))
         if self.config.tie_word_embeddings and wte not in self._stored_names and head in self._stored_names:
             self._stored_names[wte] = self._stored_names.pop(head)  # safetensors' save_model keeps either
         headers = self._headers()
         try:
             if opened.description is not None:
                 fields = modelopt_layout.config_fields(
-                    opened.description, self.config.tie_word_embeddings, self._layout, headers
+                    opened.description, self.config.tie_word_embeddings, self.layout, headers
                 )
                 self.config = replace(self.config, **fields)
-            self._parameters = list(parameters(self.config, self._layout, has_conv1d=opened.description is None))
-            expected = modelopt_layout.stored_tensors(self.config, self._with_stored_head(head), self._layout, headers)
+            self._parameters = list(parameters(self.config, self.layout, has_conv1d=opened.description is None))
+            expected = modelopt_layout.stored_tensors(self.config, self._with_stored_head(head), self.layout, headers)
         except ValueError as error:
             raise CheckpointError(f"{path / DESCRIPTION_FILE}: {error}") from None
         self._check_tensors(expected, headers)
@@ -63,11 +64,11 @@ class Checkpoint:
         """The names of stored tensors without the layout's prefix → with it, where they have it."""
         names: dict[str, str] = {}
         for stored_name in self._tensors.tensors:
-            name = stored_name.removeprefix(self._layout.prefix)
-            if name.endswith(self._layout.ignored) or name in self._layout.copies:
+            name = stored_name.removeprefix(self.layout.prefix)
+            if name.endswith(self.layout.ignored) or name in self.layout.copies:
                 continue
             if name in names:
-                raise CheckpointError(f"{self.path}: {name} is stored twice, with and without {self._layout.prefix!r}")
+                raise CheckpointError(f"{self.path}: {name} is stored twice, with and without {self.layout.prefix!r}")
             names[name] = stored_name
         return names
 
@@ -131,7 +132,7 @@ class Checkpoint:
         self._check_tied_head()
         target, wide = numpy_dtype(dtype), numpy_dtype("float32")
         scaled_target = wide if self.needs_float32_scales(dtype) else target
-        config, head = self.config, self._layout.table["lm_head"].names[0]
+        config, head = self.config, self.layout.table["lm_head"].names[0]
         with self._named():
             for parameter in self._in_order():
                 if modelopt_layout.is_quantized(config, parameter.name):
@@ -141,7 +142,7 @@ class Checkpoint:
             if config.kv_cache_dtype is not None:
                 for layer in range(config.n_layer):
                     for which in ("k", "v"):
-                        name = self._layout.cache_scale.format(layer, which)
+                        name = self.layout.cache_scale.format(layer, which)
                         scale = numbers.cache_scale(name, config, self._read, scaled_target)
                         yield f"h.{layer}.attn.{which}_scale", scale
 
@@ -149,7 +150,7 @@ class Checkpoint:
         """The parameters; a head that is quantized and stored beside the embedding that it shared is one of its own."""
         if not self.config.tie_word_embeddings or not self.config.quant_lm_head or self.config.quant_embedding:
             return self._parameters
-        return self._with_stored_head(f"{self._layout.table['lm_head'].names[0]}.weight")
+        return self._with_stored_head(f"{self.layout.table['lm_head'].names[0]}.weight")
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -182,7 +183,7 @@ class Checkpoint:
         if not self.config.tie_word_embeddings or self.config.quant_lm_head != self.config.quant_embedding:
             return
         step = max(1, 2**22 // self.config.n_embd)  # some 16 MB at a time
-        wte, head = (self._layout.table[name].names[0] for name in ("wte", "lm_head"))
+        wte, head = (self.layout.table[name].names[0] for name in ("wte", "lm_head"))
         for suffix in ("weight", "weight_scale"):
             if f"{head}.{suffix}" not in self._stored_names:
                 continue

@@ -130,12 +130,12 @@ def linear_graph(
         shortcut = constant(graph, zero)
         through = linear_attributes("f32", start.type.shape[-1])
         type = TensorType("f32", (*start.type.shape[:2], len(weight)))
-        operation = Operation("linear", [start, shortcut, None, None, None, None, None], through, [type])
+        operation = Operation("linear", [start, shortcut, None, None, None, None, None, None], through, [type])
         graph.inputs.pop()
         residual = graph.add(operation).results[0]
     attributes = linear_attributes(weight_dtype, width, gate=gate, input_dtype=input_dtype, activation=activation)
     type = TensorType("f32", (*start.type.shape[:2], len(weight)))
-    extra = [constant(graph, pre_scale), constant(graph, input_scale)]
+    extra = [constant(graph, pre_scale), constant(graph, input_scale), None]
     graph.outputs = [graph.add(Operation("linear", [x, *operands, residual, *extra], attributes, [type])).results[0]]
     return graph
 
@@ -227,7 +227,7 @@ def model_graph(
             residual,
             None,
         ]
-        operands.append(constant(graph, input_scale))
+        operands += [constant(graph, input_scale), None]
         type = TensorType("f32" if is_head else dtype, (*x.type.shape[:-1], rows))
         return graph.add(Operation("linear", operands, attributes, [type])).results[0]
 

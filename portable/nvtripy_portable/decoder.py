@@ -1,9 +1,10 @@
 """A compiled model that continues any mix of sequences, called without nvtripy in between.
 
 The compiled function is ``(idx, position, cache, last) -> (logits, cache)``, for as many sequences of one length as it
-was compiled for; where sequences choose among adapters (LoRA), ``slot`` and the adapters' tables come after these. What its graph says of attention, of positions and of the rows whose logits are wanted holds for each
-token; so a step may as well take whatever tokens there are: pieces of prompts and single generated tokens of many
-sequences, packed without padding. Their keys and values lie in pages of one pool (:mod:`pages`).
+was compiled for; where sequences choose among adapters (LoRA), ``slot`` and the adapters' tables come after these. What
+its graph says of attention, of positions and of the rows whose logits are wanted holds for each token; so a step may as
+well take whatever tokens there are: pieces of prompts and single generated tokens of many sequences, packed without
+padding. Their keys and values lie in pages of one pool (:mod:`pages`).
 
 A sequence's logits do not depend on what else is computed with it, on how its prompt was cut into pieces, on where its
 pages lie, or on the number of threads, to the last bit. A token's role decides how it is computed: of a prompt, or
@@ -34,7 +35,7 @@ from nvtripy_portable import interpreter
 from nvtripy_portable.cpu.executor import Executor
 from nvtripy_portable.cpu.versions import raw
 from nvtripy_portable.executable import Executable
-from nvtripy_portable.graph import DTYPES, Graph, Value
+from nvtripy_portable.graph import DTYPES, Graph, TensorType, Value
 from nvtripy_portable.interpreter import ExecutionError
 from nvtripy_portable.pages import PagePool
 from nvtripy_portable.plan import Plan
@@ -50,7 +51,7 @@ PROMPT_TOKENS = 1024
 
 GENERATED, PROMPT = 0, 1  # a segment's role
 
-# Runs a packed step, (tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits), and fills the logits.
+# Runs a packed step, (tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits): fills the logits.
 _Step = Callable[
     [np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, list[np.ndarray], np.ndarray, np.ndarray], None
 ]
@@ -97,7 +98,7 @@ class Decoder:
 
     def __init__(self, step: _Step, roles: _Roles, page_tokens: int, pages: int | None) -> None:
         type = roles.cache.type
-        layers, two, batch, heads, context, size = (int(each) for each in type.shape)  # type: ignore[arg-type]
+        layers, two, batch, heads, context, size = _sizes(type)
         if not 1 <= page_tokens <= context:
             page_tokens = context
         count = batch * -(-context // page_tokens) if pages is None else pages
@@ -107,8 +108,8 @@ class Decoder:
         self._step = step
         # What slot 0 has is none, and stays so.
         tables = [value.type for value in roles.tables]
-        self.slots = int(tables[0].shape[0] or 0) - 1 if tables else 0
-        self._adapters = [np.zeros(each.shape, DTYPES[each.dtype]) for each in tables]  # type: ignore[arg-type]
+        self._adapters = [np.zeros(_sizes(each), DTYPES[each.dtype]) for each in tables]
+        self.slots = len(self._adapters[0]) - 1 if tables else 0
         self._bytes = [raw(each) for each in self._adapters]
         self._empty = np.ones(self.slots + 1, np.uint8)
         # Memory of pages that nobody has used is not there yet: the system gives it when it is written.
@@ -148,20 +149,20 @@ class Decoder:
         last tokens."""
         self._memory[target] = self._memory[source]
 
-    def set_adapter(self, slot: int, matrices: Sequence[np.ndarray] | None) -> None:
+    def set_adapter(self, slot: int, matrices: Sequence[np.ndarray | None] | None) -> None:
         """Puts an adapter into a slot, for the steps that come.
 
         Args:
             slot: From 1 to ``slots``.
-            matrices: For each of the model's tables (layers, rank, width), in their order; a smaller rank is filled up with
-                zeros. None: the slot is empty again, which is as if a sequence had no adapter.
+            matrices: For each of the model's tables (layers, rank, width), in their order, or None for zeros; a smaller
+                rank is filled up with zeros. None: the slot is empty again, which is as if there were no adapter.
 
         Raises:
             ValueError: there is no such slot, or the matrices do not fit the tables.
         """
         if not 1 <= slot <= self.slots:
             raise ValueError(f"expected a slot from 1 to {self.slots} but got {slot}")
-        given = [None] * len(self._adapters) if matrices is None else matrices
+        given = [None] * len(self._adapters) if matrices is None else list(matrices)
         if len(given) != len(self._adapters):
             raise ValueError(f"expected {len(self._adapters)} matrices but got {len(given)}")
         for table, matrix in zip(self._adapters, given, strict=True):
@@ -207,8 +208,8 @@ class Decoder:
 
         Args:
             tokens: Ids of all pieces' tokens, (N,): generated ones before prompts'.
-            segments: Of each piece how many tokens it has, the position of the first, ``GENERATED`` or ``PROMPT``, and its
-                adapter's slot, (S, 4).
+            segments: Of each piece how many tokens it has, the position of the first, ``GENERATED`` or ``PROMPT``, and
+                its adapter's slot, (S, 4).
             tables: Of each piece the pages, (S, pages); what comes after those that are needed is not looked at.
             rows: For which tokens logits are wanted, (R,).
 
@@ -275,7 +276,8 @@ class Rows:
                 self._hold(row, start, count)
                 generated = idx.shape[1] == 1 and start > 0
                 table, is_last = self._tables[row, : self._held[row]], begin + count > int(last[row])
-                tokens, wanted = idx[row, begin : begin + count], None if is_last else []
+                tokens = idx[row, begin : begin + count]
+                wanted: list[int] | None = None if is_last else []
                 pieces.append(Piece(tokens, start, table, generated, wanted, int(self._slots[row])))
                 ended += [row] * is_last
             logits[ended] = self._decoder.step(pieces)
@@ -338,7 +340,12 @@ class _Roles:
         tables = [entry.value for entry in graph.inputs if entry.value in adapters]
         if len(tables) != len(adapters) or len({value.type.shape[0] for value in tables}) > 1 or len(slots) > 1:
             return None
-        if len(inputs) != 4 + len(tables) + len(slots) or len(caches) != 1 or len(arrays) != 1 or len(graph.outputs) != 2:
+        if (
+            len(inputs) != 4 + len(tables) + len(slots)
+            or len(caches) != 1
+            or len(arrays) != 1
+            or len(graph.outputs) != 2
+        ):
             return None
         idx = {each.operands[0] for each in operations["embedding"]}
         position = {each.operands[1] for each in operations["embedding"] if each.attributes["position_dtype"]}
@@ -354,6 +361,11 @@ class _Roles:
         windows = [each.attributes["window"] for each in operations["attention"]]
         window = None if None in windows else max(windows)
         return _Roles(first, second, third, fourth, next(iter(slots), None), tables, vocabulary, window)
+
+
+def _sizes(type: TensorType) -> tuple[int, ...]:
+    """The shape of a type that is static."""
+    return tuple(int(each) for each in type.shape)  # type: ignore[arg-type]
 
 
 _KINDS = {"embedding", "attention", "last_rows"}
@@ -406,8 +418,10 @@ class _Interpreted:
         if self._roles.slot is None:
             return {}
         types = [value.type for value in self._roles.tables]
-        tables = [each.view(DTYPES[type.dtype]).reshape(type.shape) for each, type in zip(adapters, types, strict=True)]  # type: ignore[arg-type]
-        slots = np.full(self._roles.slot.type.shape, slot, np.int32)  # type: ignore[arg-type]
+        tables = [
+            each.view(DTYPES[type.dtype]).reshape(_sizes(type)) for each, type in zip(adapters, types, strict=True)
+        ]
+        slots = np.full(_sizes(self._roles.slot.type), slot, np.int32)
         return {self._roles.slot: slots, **dict(zip(self._roles.tables, tables, strict=True))}
 
     def _run(
@@ -420,7 +434,7 @@ class _Interpreted:
         chosen: dict[Value, np.ndarray],
     ) -> tuple[np.ndarray, np.ndarray]:
         type = self._roles.cache.type
-        layers, two, batch, heads, context, size = (int(each) for each in type.shape)  # type: ignore[arg-type]
+        layers, two, batch, heads, context, size = _sizes(type)
         cache = np.zeros((layers, two, batch, heads, context, size), DTYPES[type.dtype])
         filled = np.moveaxis(memory[held].view(DTYPES[type.dtype]), 0, 3)  # (L, 2, H, pages, P, D)
         filled = filled.reshape(layers, two, heads, -1, size)[:, :, :, :context]

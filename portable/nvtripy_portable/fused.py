@@ -117,10 +117,9 @@ def _gated(wide: NDArray[np.float32], gate: str | None) -> NDArray[np.float32]:
     return wide if gate is None else ACTIVATIONS[gate](wide[..., :width]) * wide[..., width:]
 
 
-def low_rank(
-    x: Array, slot: Array, down: Array, up: Array, *, layer: int, gate: str | None, dtype: DTypeLike
-) -> Array:
-    """``x @ down.T @ up`` of small matrices that each sequence chooses (LoRA; Hu et al. 2021): (B, T, width) → (B, T, N).
+def low_rank(x: Array, slot: Array, down: Array, up: Array, *, layer: int, gate: str | None, dtype: DTypeLike) -> Array:
+    """``x @ down.T @ up`` of small matrices that each sequence chooses (LoRA; Hu et al. 2021): (B, T, width) →
+    (B, T, N).
 
     Args:
         x: With a gate (B, T, 2 * width): the input is then ``gate(first half) * second half``.

@@ -120,9 +120,7 @@ class Executor:
             ValueError: a token id, a position or a row that is not in its table, or pages that do not hold the tokens.
         """
         try:
-            self.lowered.program.step(
-                tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits
-            )
+            self.lowered.program.step(tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits)
         except (IndexError, ValueError) as error:
             raise ValueError(f"{error}{where(self.lowered.location)}") from error
 

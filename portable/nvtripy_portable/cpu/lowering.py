@@ -313,7 +313,7 @@ class _Lowering:
         x, slot, down, up = operation.operands
         assert x is not None and down is not None and up is not None
         gate = operation.attributes["gate"]
-        (_, layers, rank, width), outputs = down.type.shape, up.type.shape[3]
+        (_, _, rank, width), outputs = down.type.shape, up.type.shape[3]
         number = self._float(x)
         if not isinstance(width, int) or not isinstance(outputs, int) or not isinstance(rank, int):
             raise _CannotRun

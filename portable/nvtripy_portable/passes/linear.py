@@ -1,8 +1,8 @@
 """A ``linear`` operation takes in what stands around its product: a gate, scaling and rounding of the input, bias, an
 adapter's product, activation, residual and casts.
 
-``activation(round(gated(x) * pre_scale) @ rows.T + bias + addend) + residual``: what comes after the product is absorbed from
-the inside out, what comes before it from the outside in, so that nothing changes places.
+``activation(round(gated(x) * pre_scale) @ rows.T + bias + addend) + residual``: what comes after the product is
+absorbed from the inside out, what comes before it from the outside in, so that nothing changes places.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _gate(name: str, elements: Elements, bound: Bound) -> list[Operation] | None
     product, parts = bound.values["gated"], (bound.values["gate"], bound.values["up"])
     shape = product.type.shape
     width = shape[-1]
-    if root.attributes["gate"] is not None or None in shape or any(part.type.shape != shape for part in parts):
+    if not isinstance(width, int) or None in shape or root.attributes["gate"] is not None:
+        return None
+    if any(part.type.shape != shape for part in parts):
         return None
     index = tuple(axis(f"x{place}", size) for place, size in enumerate(shape))
     given = within(index, shape)

@@ -12,7 +12,9 @@ def _chosen(table: str, layer: str) -> Op:
     return Op("gather", of_layer, Any("slot"), axis=0, num_broadcast_dims=0)
 
 
-_DOWN = Op("matrix_multiply", Any("x"), Op("transpose", _chosen("down", "layer"), name="turn"), op0="kNONE", op1="kNONE")
+_DOWN = Op(
+    "matrix_multiply", Any("x"), Op("transpose", _chosen("down", "layer"), name="turn"), op0="kNONE", op1="kNONE"
+)
 _PRODUCT = Op("matrix_multiply", _DOWN, _chosen("up", "layer of up"), op0="kNONE", op1="kNONE", name="product")
 
 
@@ -33,7 +35,8 @@ def _build(bound: Bound) -> list[Operation] | None:
     layer = int(layers[0].reshape(()))
     if x.type.rank != 3 or slot.type.rank != 1 or slot.type.shape != x.type.shape[:1] or layer != layers[1]:
         return None
-    if not _are_tables(down, up) or not 0 <= layer < int(down.type.shape[1] or 0):
+    layers_there = down.type.shape[1] if _are_tables(down, up) else None
+    if not isinstance(layers_there, int) or not 0 <= layer < layers_there:
         return None
     dtype = bound.operations["product"].results[0].type.dtype
     return [Operation("low_rank", [x, slot, down, up], {"layer": layer, "gate": None, "dtype": dtype}, [])]

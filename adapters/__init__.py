@@ -1,0 +1,1 @@
+"""What is added to a model without changing it: files of adapters → what the engine takes."""

@@ -1,0 +1,252 @@
+"""LoRA adapters (Hu et al. 2021) in PEFT's folders → the two matrices that each layer takes.
+
+A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); of every module that it changes,
+``lora_A.weight`` (rank, in_features) and ``lora_B.weight`` (out_features, rank), which add ``scale * B @ A`` to the
+weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adapters.errors import AdapterError
+from adapters.places import LINEARS, Place, places_of
+from loading.containers.folder import open_weights
+from loading.containers.tensors import NUMPY_NAMES, Tensors
+from loading.disk import is_file, read_json
+from loading.errors import listed, shown
+
+if TYPE_CHECKING:
+    from weight_loader import Checkpoint
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+MAX_RANK = 1024  # of all parts of a layer together: the portable runtime's
+
+_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
+
+#: Settings that say how an adapter was trained, or what its tensors say themselves. Any other has to be off.
+_HARMLESS = frozenset(
+    (
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter, in the model's order.
+
+    Attributes:
+        name: How messages call it.
+        matrices: For each of ``LINEARS`` the ways down (layers, rank, in_features) and up (layers, rank, out_features),
+            float32, the scale in the latter; or None where the adapter leaves that layer as it is.
+    """
+
+    name: str
+    matrices: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """For each of ``LINEARS``; 0 where it is left as it is."""
+        return tuple(0 if pair is None else pair[0].shape[1] for pair in self.matrices)
+
+    def tables(self, ranks: Sequence[int]) -> list[np.ndarray | None]:
+        """What an engine with room for these ranks takes: of each of ``LINEARS`` that has one, the ways down and up."""
+        pairs = [pair for pair, rank in zip(self.matrices, ranks, strict=True) if rank]
+        return [matrix for pair in pairs for matrix in (pair if pair is not None else (None, None))]
+
+
+def read_lora(folder: Path, checkpoint: Checkpoint) -> Lora:
+    """The adapter in a folder, for a checkpoint.
+
+    Raises:
+        AdapterError: there is none, it is damaged, is for another model, or does what this project does not.
+    """
+    path = folder / CONFIG_FILE
+    if not is_file(path):
+        raise AdapterError(f"expected an adapter in {str(folder)!r}, with an {CONFIG_FILE}, but it has none")
+    settings = read_json(path)
+    _check(settings, path)
+    file = next((folder / name for name in WEIGHT_FILES if is_file(folder / name)), None)
+    if file is None:
+        raise AdapterError(f"{str(folder)!r} holds no adapter: expected one of {', '.join(WEIGHT_FILES)}")
+    tensors = open_weights(file)
+    pairs = _pairs(tensors, file)
+    prefix = checkpoint.layout.prefix
+    names = {_without(name, prefix) for name in pairs}
+    places = places_of(checkpoint, names)
+    unknown = sorted(name for name in names if name not in places)
+    if unknown:
+        raise AdapterError(
+            f"{folder} is for another model than {checkpoint.path}: it changes {listed(unknown)}, and the blocks of "
+            "such a model have no such linear layer"
+        )
+    gathered: dict[int, list[tuple[Place, np.ndarray, np.ndarray]]] = {}
+    for name, (a, b) in pairs.items():
+        place = places[_without(name, prefix)]
+        down, up = _read(tensors, a, file), _read(tensors, b, file)
+        rank = _rank(settings, name, path)
+        wanted = ((rank, place.in_features), (len(place.rows), rank))
+        if (down.shape, up.shape) != wanted:
+            raise AdapterError(
+                f"{file}: expected {name} to have lora_A {wanted[0]} and lora_B {wanted[1]}, by {CONFIG_FILE} and "
+                f"{checkpoint.path}, but got {down.shape} and {up.shape}"
+            )
+        scaled = up * np.float32(_scale(settings, name, rank, path))
+        gathered.setdefault(place.linear, []).append((place, down, scaled))
+    joined = tuple(_joined(gathered.get(linear, []), linear, checkpoint) for linear in range(len(LINEARS)))
+    adapter = Lora(str(folder), joined)
+    if max(adapter.ranks) > MAX_RANK:
+        raise AdapterError(
+            f"{folder}: expected ranks of at most {MAX_RANK} for each layer, its parts together, but got "
+            f"{max(adapter.ranks)}"
+        )
+    return adapter
+
+
+def _without(name: str, prefix: str) -> str:
+    for each in (prefix, "model.", "transformer."):
+        if each and name.startswith(each):
+            return name[len(each) :]
+    return name
+
+
+def _check(settings: dict[str, Any], path: Path) -> None:
+    """Refuses by its name what would be left out."""
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{path}: expected peft_type to be LORA but got {shown(kind)}")
+    if settings.get("modules_to_save"):
+        raise AdapterError(
+            f"{path}: modules_to_save ({shown(settings['modules_to_save'])}) replaces whole modules, which an adapter "
+            "beside others cannot: merge it into the model"
+        )
+    if settings.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{path}: expected bias to be none but got {shown(settings['bias'])}: merge it into the model"
+        )
+    on = sorted(name for name, value in settings.items() if name not in _HARMLESS and value)
+    if on:
+        raise AdapterError(f"{path}: {listed(on)} is not supported: expected plain LoRA")
+
+
+def _pairs(tensors: Tensors, file: Path) -> dict[str, tuple[str, str]]:
+    """The names of each module's lora_A and lora_B."""
+    found: dict[str, dict[str, str]] = {}
+    others = []
+    for stored in tensors.tensors:
+        match = _KEY.fullmatch(stored)
+        if match is None:
+            others.append(stored)
+        else:
+            found.setdefault(match[1], {})[match[2]] = stored
+    if others:
+        raise AdapterError(f"{file}: expected lora_A and lora_B of linear layers only but got {listed(sorted(others))}")
+    alone = sorted(name for name, pair in found.items() if len(pair) != 2)
+    if alone or not found:
+        raise AdapterError(f"{file}: expected lora_A and lora_B of each module but got {listed(alone) or 'none'}")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _read(tensors: Tensors, name: str, file: Path) -> np.ndarray:
+    if tensors.tensors[name].dtype not in NUMPY_NAMES or tensors.tensors[name].dtype in ("I8", "U8"):
+        raise AdapterError(f"{file}: expected {name} to be of floats but got {tensors.tensors[name].dtype}")
+    array = np.asarray(tensors.read(name)).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise AdapterError(f"{file}: expected finite numbers but {name} has others")
+    return array
+
+
+def _rank(settings: dict[str, Any], name: str, path: Path) -> int:
+    rank = _by_pattern(settings, "rank_pattern", name, path, settings.get("r"))
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"{path}: expected r to be a positive integer but got {shown(rank)}")
+    return rank
+
+
+def _scale(settings: dict[str, Any], name: str, rank: int, path: Path) -> float:
+    """alpha / r, or alpha / sqrt(r) where it is rank-stabilized (Kalajdzievski 2023)."""
+    alpha = _by_pattern(settings, "alpha_pattern", name, path, settings.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"{path}: expected lora_alpha to be a number but got {shown(alpha)}")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _by_pattern(settings: dict[str, Any], field: str, name: str, path: Path, otherwise: Any) -> Any:
+    """The value of the first pattern that the end of a module's name matches, as PEFT finds it."""
+    patterns = settings.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{path}: expected {field} to map patterns to numbers but got {shown(patterns)}")
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error:
+            raise AdapterError(
+                f"{path}: expected {field} to have regular expressions but got {shown(pattern)}"
+            ) from None
+    return otherwise
+
+
+def _joined(
+    parts: list[tuple[Place, np.ndarray, np.ndarray]], linear: int, checkpoint: Checkpoint
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The matrices of one of the model's linear layers, of all layers. Parts that are stored by themselves (queries,
+    keys and values) have numbers of their own on the way."""
+    if not parts:
+        return None
+    config = checkpoint.config
+    ranks = [0] * config.n_layer
+    for place, down, _ in parts:
+        ranks[place.layer] += len(down)
+    widths = {
+        "attn.c_attn": (config.n_embd, config.query_width + 2 * config.key_width),
+        "attn.c_proj": (config.query_width, config.n_embd),
+        "mlp.c_fc": (config.n_embd, config.n_inner * (2 if config.gated_mlp else 1)),
+        "mlp.c_proj": (config.n_inner, config.n_embd),
+    }[LINEARS[linear]]
+    downs, ups = (np.zeros((config.n_layer, max(ranks), width), np.float32) for width in widths)
+    used = [0] * config.n_layer
+    for place, down, up in sorted(parts, key=lambda part: int(part[0].rows[0])):
+        own = slice(used[place.layer], used[place.layer] + len(down))
+        used[place.layer] += len(down)
+        downs[place.layer, own] = down
+        ups[place.layer, own][:, place.rows] = up.T
+    return downs, ups
