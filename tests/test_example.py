@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,7 @@ import generation
 import tokenizer
 from command_line import EMBEDDED_CHECKPOINT
 from response import Response
+from serving.offline import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example.py"
@@ -139,9 +140,6 @@ def ask(
     monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes], engines: Path, arbitrary: Path
 ) -> Ask:
     """Runs main() in this process. Up to 30 arbitrary bytes, computed in float32, unless an option says otherwise."""
-
-    # One size for many: the fewer sizes, the fewer compilations.
-    monkeypatch.setattr(example, "MAX_BATCH", 4)
 
     def run(stdin: bytes = b"", **options: Any) -> Result:
         usual = {"model_type": arbitrary, "engine_dir": engines, "dtype": "float32", "max_new_tokens": 30}
@@ -250,18 +248,18 @@ def test_any_number_of_new_tokens_ends_with_the_context(ask: Ask) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_samples_without_end_come_one_after_another(ask: Ask, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     """They are not all planned first: a billion would fill the memory."""
-    respond, groups = example.respond, []
+    pieces, asked = Answer.pieces, []
 
-    def interrupted(*arguments: Any) -> Any:
-        if len(groups) == 2:
+    def interrupted(self: Answer) -> Iterator[str]:
+        if len(asked) == 70:
             raise KeyboardInterrupt
-        groups.append([job.sample for job in arguments[2]])
-        return respond(*arguments)
+        asked.append(self.sample)
+        return pieces(self)
 
-    monkeypatch.setattr(example, "respond", interrupted)
-    found = ask(input_text="The", seed=1, num_samples=10**30, stream=stream)
+    monkeypatch.setattr(Answer, "pieces", interrupted)
+    found = ask(input_text="The", seed=1, num_samples=10**30, stream=stream, max_new_tokens=2)
     assert found.code == 130
-    assert groups == ([[0], [1]] if stream else [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert asked == list(range(70))
     assert found.out
 
 
