@@ -229,6 +229,40 @@ def test_more_prompts_than_are_computed_together(ask: Ask, tmp_path: Path) -> No
     assert len(together.texts) == 6
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_guesses_change_no_text(ask: Ask, tmp_path: Path, arbitrary: Path, temperature: float, stream: bool) -> None:
+    """By lookup, by the model itself, by another one; of one prompt and of many."""
+    (tmp_path / "prompts").write_text("\n".join(PROMPTS * 3))
+    other = random_checkpoint(tmp_path / "other", 1)
+    for source in ({"input_text": "The"}, {"batch": tmp_path / "prompts", "num_samples": 2}):
+        expected = ask(**source, seed=3, temperature=temperature)
+        for guesser in ("prompt-lookup", arbitrary, other):
+            assert ask(**source, seed=3, temperature=temperature, speculate=guesser, stream=stream) == expected
+
+
+def test_verbose_tells_of_guesses(ask: Ask, arbitrary: Path) -> None:
+    found = ask(input_text="The", seed=3, speculate=arbitrary, verbose=True)
+    counts = re.search(r"^(\d+) of (\d+) guesses were right$", found.err, re.MULTILINE)
+    assert counts is not None and counts[1] == counts[2] != "0"
+    assert ", 30 tokens, " in found.err
+
+
+def test_a_bar_for_many_answers_at_a_terminal(answer: list[object], tmp_path: Path) -> None:
+    """On standard error, which is clean in the end; the text is what it is without."""
+    (tmp_path / "prompts").write_text("The\n" * 20)
+    given = [*answer[:5], f"--batch={tmp_path / 'prompts'}"]
+    expected = execute(*given)
+    controller, terminal = pty.openpty()
+    with start(*given, stderr=terminal) as process:
+        out, _ = process.communicate()
+    seen = os.read(controller, 1 << 16).decode()
+    os.close(controller)
+    os.close(terminal)
+    assert (process.returncode, out) == (0, expected.out) and expected.err == ""
+    assert "/20" in seen and seen.endswith("\r")
+
+
 def test_only_line_ends_separate_prompts(ask: Ask, tmp_path: Path) -> None:
     """Windows's too; but a form feed or Unicode's line separator is part of a prompt."""
     (tmp_path / "prompts").write_bytes("a\fb\u2028c\r\nd\n".encode())
@@ -755,6 +789,26 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     ),
     "prompt file empty": (lambda p: p.prompts(b""), "expected a prompt on each line of .*/file but the file is empty"),
     "prompt file with an empty line": (lambda p: p.prompts(b"a\n\nb\n"), "got an empty one on line 2 of .*/file"),
+    "prompt too long in a file": (
+        lambda p: p.prompts(b"a\n" + b"x" * (CONTEXT + 1)),
+        rf"at most {CONTEXT} tokens, the model's context, but got {CONTEXT + 1} on line 2 of .*/file",
+    ),
+    "jsonl without a file": (lambda p: [*PROMPT, "--jsonl"], "expected --batch with --jsonl"),
+    "jsonl as a stream": (lambda p: [*p.prompts(b"{}"), "--jsonl", "--stream"], "expected --jsonl or --stream"),
+    "output of a text": (lambda p: [*PROMPT, "--output=x"], "expected --jsonl with --output"),
+    "jsonl that is none": (lambda p: [*p.prompts(b"The\n"), "--jsonl"], "expected a JSON object on line 1 of .*/file"),
+    "jsonl of an empty file": (lambda p: [*p.prompts(b""), "--jsonl"], "JSON object on each line of .*/file but the"),
+    "jsonl of a folder": (lambda p: ["--batch", p.folder, "--jsonl"], "cannot read .*: Is a directory"),
+    "jsonl over its input": (
+        lambda p: [*p.prompts(b"{}"), "--jsonl", "--output", p.folder / "file"],
+        "expected --output to name a new file, but .*/file is there already",
+    ),
+    "guesses by an unknown model": (lambda p: [*PROMPT, "--speculate=gpt5"], "no model 'gpt5'"),
+    "guesses by nothing": (lambda p: [*PROMPT, "--speculate="], "expected a checkpoint folder or file at ''"),
+    "guesses with another vocabulary": (
+        lambda p: [*PROMPT, "--speculate", EMBEDDED_CHECKPOINT],
+        "the vocabulary of .*/verse, 257 tokens, but .*/shakespeare has [0-9]+",
+    ),
     "model unknown": (lambda p: [*PROMPT, "--model-type=gpt5"], "no model 'gpt5': .*gpt2, gpt2-medium"),
     "model name empty": (lambda p: [*PROMPT, "--model-type="], "expected a checkpoint folder or file at ''"),
     "model folder missing": (lambda p: [*PROMPT, "--model-type=./none"], "'./none', but nothing is there"),
