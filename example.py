@@ -35,7 +35,7 @@ from quantization import QuantizationConfig, QuantizationError
 from response import Response
 from serving.jobs import JobFile, Jobs, Prompts, Request
 from serving.settings import SamplingSettings
-from weight_loader import Checkpoint, CheckpointError, open_checkpoint
+from weight_loader import Checkpoint, CheckpointConfig, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     from engine import Engine
@@ -59,9 +59,9 @@ class Timing:
     def report(self) -> str:
         decoding = self.finished - self.first_token
         rate = f"{(self.tokens - 1) / decoding:.1f} tokens/s" if self.tokens > 1 and decoding > 0 else "no rate"
+        first = f"first token after {self.first_token - self.compiled:.3f} s, " if self.tokens else ""
         return (
-            f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, "
-            f"first token after {self.first_token - self.compiled:.3f} s, "
+            f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, {first}"
             f"{self.tokens} token{'' if self.tokens == 1 else 's'}, {rate}, "
             f"peak memory {machine.peak_memory_bytes() / (1 << 20):.0f} MB"
         )
@@ -213,12 +213,15 @@ class Model:
     """A checkpoint, and what it takes to compute with it.
 
     Attributes:
+        checkpoint: Until it is compiled: its files stay open as long as it lives.
+        config: The checkpoint's settings.
         draft: The smaller model that guesses tokens, if one does.
         engines: Where compiled engines are kept.
         report: Takes lines for whoever wants to know more.
     """
 
     checkpoint: Checkpoint
+    config: CheckpointConfig
     tokenizer: Tokenizer
     draft: Checkpoint | None
     engines: EngineFolder | None
@@ -227,8 +230,7 @@ class Model:
 
     def requests(self, jobs: Jobs, start: int = 0) -> Iterator[Request]:
         """The requests of jobs, from number ``start`` on."""
-        config = self.checkpoint.config
-        return jobs.requests(self.tokenizer, config.n_positions, config.vocab_size, start)
+        return jobs.requests(self.tokenizer, self.config.n_positions, self.config.vocab_size, start)
 
 
 def find_jobs(options: argparse.Namespace) -> Prompts | JobFile:
@@ -277,7 +279,8 @@ def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Tim
     if options.threads is not None:
         os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
     engines = engine_cache.chosen(options, lambda message: command_line.report(f"example.py: {message}"))
-    return Model(checkpoint, tokenizer, draft, engines, command_line.report if options.verbose else _ignore, timing)
+    report = command_line.report if options.verbose else _ignore
+    return Model(checkpoint, checkpoint.config, tokenizer, draft, engines, report, timing)
 
 
 def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None:
@@ -286,6 +289,7 @@ def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None
     from engine import open_engine
 
     engine = open_engine(model.checkpoint, options.dtype, 1, model.engines, model.report)
+    del model.checkpoint
     model.timing.compiled = time.perf_counter()
     [request] = model.requests(jobs)
     print_texts([(request.prompt, saving(model, respond(engine, request.ids, model, options)))], options.stream)
@@ -293,7 +297,7 @@ def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None
 
 def respond(engine: Engine, ids: list[int], model: Model, options: argparse.Namespace) -> Iterator[str]:
     """A response in pieces, as soon as they are certain."""
-    response = Response(model.tokenizer, options.stop, model.checkpoint.config.eos_token_ids)
+    response = Response(model.tokenizer, options.stop, model.config.eos_token_ids)
     sampler = generation.Sampler(options.seed, 0, options.temperature, options.top_k or None, options.top_p)
     timing, done = model.timing, set[int]()
     for drawn in generation.generate(engine, [ids], [sampler], options.max_new_tokens, done):
@@ -327,9 +331,9 @@ def answer_file(jobs: JobFile, model: Model, options: argparse.Namespace) -> Non
     """
     from serving.results import open_results, results_of
 
+    identity = {"model": model.checkpoint.fingerprint(), "endings": list(model.config.eos_token_ids)}
+    identity["dtype"] = options.dtype
     offline = open_offline(jobs, model, options)
-    endings = list(model.checkpoint.config.eos_token_ids)
-    identity = {"model": model.checkpoint.fingerprint(), "endings": endings, "dtype": options.dtype}
     results = open_results(options.output, jobs, identity, options.has_seed)
     with progress(jobs.count, "prompt", initial=results.done) as bar:
         for result in results_of(offline.answers(model.requests(jobs, results.done))):
@@ -352,9 +356,9 @@ def open_offline(jobs: Jobs, model: Model, options: argparse.Namespace) -> Offli
     together = min(jobs.answers, MAX_SEQUENCES)
     opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report)
     speculation = open_speculation(options.speculate, model.draft, options.dtype, model.engines, model.report)
+    del model.checkpoint, model.draft
     model.timing.compiled = time.perf_counter()
-    endings = model.checkpoint.config.eos_token_ids
-    return OfflineEngine(opened, model.tokenizer, endings, together, speculation)
+    return OfflineEngine(opened, model.tokenizer, model.config.eos_token_ids, together, speculation)
 
 
 def tell_counts(offline: OfflineEngine, model: Model) -> None:

@@ -132,7 +132,7 @@ class ResultFile(Results):
             os.fsync(self._file.fileno())
             check_new(self._path)
             self._partial.rename(self._path)
-            self._job.unlink()
+            self._job.unlink(missing_ok=True)
             self._file.close()
 
     def _put(self, line: str) -> None:

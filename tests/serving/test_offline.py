@@ -183,6 +183,16 @@ def test_an_answer_that_has_no_numbers_ends_alone(
     assert ["".join(each.pieces()) for each in (good, fine)] == [expected(requests[each], 0) for each in (0, 2)]
 
 
+def test_a_guess_that_has_no_numbers_is_none(
+    model: tuple[Engine, Any], expected: Callable[[Request, int], str]
+) -> None:
+    """It is the smaller model's trouble, and nobody else's."""
+    speculation = Speculation(DraftModel(Failing(model[0].paged(PAGE, 32))))
+    requests = requests_of(model, ["!bad", "fine"])
+    answers = offline_engine(model, speculation=speculation).answers(requests)
+    assert ["".join(each.pieces()) for each in answers] == [expected(each, 0) for each in requests]
+
+
 def test_any_other_error_is_the_callers(model: tuple[Engine, Any]) -> None:
     """Memory that is lacking has a line of its own, and a fault its traceback."""
     opened = OpenedModel(Failing(model[0].paged(PAGE, 200), MemoryError()), True)
