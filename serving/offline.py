@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-from engine_cache import EngineFolder
 from serving.engine import ServingEngine, Ticket
 from serving.jobs import Request
-from serving.opening import OpenedModel, open_model, open_speculation
+from serving.opening import OpenedModel
 from serving.sequence import Update
 from serving.speculation import Speculation
 from tokenizer import Tokenizer
-from weight_loader import Checkpoint
 
 MAX_SEQUENCES = 64  # answers that are computed together
 MAX_AHEAD = 1024  # answers that are computed, or wait to be, behind the one that is to be handed out next
@@ -139,30 +136,6 @@ class OfflineEngine:
             answers[update.choice].take(update, len(ticket.sequences[update.choice].generated))
             if update.finish_reason is not None and all(each.finish_reason is not None for each in answers):
                 del self._answers_of[ticket]
-
-
-def open_offline(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    dtype: str,
-    answers: int,
-    speculate: str | None,
-    draft: Checkpoint | None,
-    engines: EngineFolder | Path | None,
-    report: Callable[[str], None],
-) -> OfflineEngine:
-    """A checkpoint's model for so many answers.
-
-    Args:
-        speculate, draft: What guesses tokens, as of ``opening.open_speculation``.
-
-    Raises:
-        EngineError, CheckpointError: as ``engine.open_engine``.
-    """
-    together = min(answers, MAX_SEQUENCES)
-    opened = open_model(checkpoint, dtype, together, None, engines, report)
-    speculation = open_speculation(speculate, draft, dtype, engines, report)
-    return OfflineEngine(opened, tokenizer, checkpoint.config.eos_token_ids, together, speculation)
 
 
 def _parts(requests: Iterable[Request], most: int) -> Iterator[tuple[Request, range]]:
