@@ -2,6 +2,7 @@
 
     python example.py --input-text "What is the answer to life, the universe, and everything?" --seed=1
     python example.py --input-text "What is the answer?" --seed=1 --quant-mode int8-weight-only
+    python example.py --batch prompts.jsonl --jsonl --output answers.jsonl
 
 The text goes to standard output, everything else to standard error.
 """
@@ -14,13 +15,13 @@ if __name__ == "__main__":
     interrupt.end_quietly()
 
 import argparse
-import itertools
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import command_line
 import engine_cache
@@ -31,14 +32,16 @@ import text_file
 from command_line import UsageError
 from engine_cache import EngineError, EngineFolder
 from quantization import QuantizationConfig, QuantizationError
-from response import Response, encode_prompt
-from weight_loader import Checkpoint, CheckpointError, open_checkpoint
+from response import Response
+from serving.jobs import JobFile, Jobs, Prompts, Request
+from serving.settings import SamplingSettings
+from weight_loader import Checkpoint, CheckpointConfig, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     from engine import Engine
+    from serving.offline import OfflineEngine
     from tokenizer import Tokenizer
 
-MAX_BATCH = 8  # responses computed together; more are computed one batch after another
 SEPARATOR = "-" * 16  # between responses, where there are several
 
 
@@ -56,9 +59,9 @@ class Timing:
     def report(self) -> str:
         decoding = self.finished - self.first_token
         rate = f"{(self.tokens - 1) / decoding:.1f} tokens/s" if self.tokens > 1 and decoding > 0 else "no rate"
+        first = f"first token after {self.first_token - self.compiled:.3f} s, " if self.tokens else ""
         return (
-            f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, "
-            f"first token after {self.first_token - self.compiled:.3f} s, "
+            f"load {self.loaded - self.started:.2f} s, compile or open {self.compiled - self.loaded:.2f} s, {first}"
             f"{self.tokens} token{'' if self.tokens == 1 else 's'}, {rate}, "
             f"peak memory {machine.peak_memory_bytes() / (1 << 20):.0f} MB"
         )
@@ -94,6 +97,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--num-samples", metavar="N", type=int, default=1, help="responses to each prompt (default %(default)s)"
     )
     parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
+    parser.add_argument(
+        "--jsonl", action="store_true", help="--batch has JSON objects, one a line, and so have the results"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", type=command_line.path, help="of --jsonl: a new file (default: standard output)"
+    )
+    parser.add_argument(
+        "--speculate", metavar="prompt-lookup|NAME", help="guess tokens by lookup in the text, or by a smaller model"
+    )
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text (repeatable)")
     parser.add_argument(
         "--dtype",
@@ -123,7 +135,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             text.encode("utf-8")
         except UnicodeEncodeError:  # Python hands over bytes that are not UTF-8 as lone surrogates
             raise UsageError(f"expected --{name} to be UTF-8 text") from None
-    if options.seed is None:
+    if options.jsonl and options.batch is None:
+        raise UsageError("expected --batch with --jsonl: it names the file")
+    if options.jsonl and options.stream:
+        raise UsageError("expected --jsonl or --stream but got both")
+    if options.output is not None and not options.jsonl:
+        raise UsageError("expected --jsonl with --output: a text goes to standard output")
+    options.has_seed = options.seed is not None
+    if not options.has_seed:
         options.seed = int.from_bytes(os.urandom(4), "little")
     try:
         generation.Sampler(options.seed, 0, options.temperature, options.top_k or None, options.top_p)
@@ -189,106 +208,221 @@ def _described(mode: str | None, kv_cache_dtype: str | None) -> str:
     return " and ".join([*parts, *([f"an {kv_cache_dtype} KV cache"] if kv_cache_dtype else [])])
 
 
-@dataclass(frozen=True)
-class Job:
-    """One response to be made: to which prompt, and the how-manieth to it."""
+@dataclass
+class Model:
+    """A checkpoint, and what it takes to compute with it.
 
-    prompt: str
-    ids: list[int]
-    sample: int
-
-
-def respond(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    jobs: Sequence[Job],
-    options: argparse.Namespace,
-    eos_ids: Collection[int],
-    timing: Timing,
-) -> Iterator[tuple[int, str]]:
-    """Generates for up to ``engine.batch`` jobs together.
-
-    Yields:
-        (index of the job, text): the responses in pieces, as soon as they are certain.
+    Attributes:
+        checkpoint: Until it is compiled: its files stay open as long as it lives.
+        config: The checkpoint's settings.
+        draft: The smaller model that guesses tokens, if one does.
+        engines: Where compiled engines are kept.
+        report: Takes lines for whoever wants to know more.
     """
-    responses = [Response(tokenizer, options.stop, eos_ids) for _ in jobs]
-    samplers = [
-        generation.Sampler(options.seed, job.sample, options.temperature, options.top_k or None, options.top_p)
-        for job in jobs
-    ]
-    done: set[int] = set()
-    for drawn in generation.generate(engine, [job.ids for job in jobs], samplers, options.max_new_tokens, done):
+
+    checkpoint: Checkpoint
+    config: CheckpointConfig
+    tokenizer: Tokenizer
+    draft: Checkpoint | None
+    engines: EngineFolder | None
+    report: Callable[[str], None]
+    timing: Timing
+
+    def requests(self, jobs: Jobs, start: int = 0) -> Iterator[Request]:
+        """The requests of jobs, from number ``start`` on."""
+        return jobs.requests(self.tokenizer, self.config.n_positions, self.config.vocab_size, start)
+
+
+def find_jobs(options: argparse.Namespace) -> Prompts | JobFile:
+    """What is to be answered.
+
+    Raises:
+        UsageError: it cannot be read, or its results have no place.
+    """
+    usual = SamplingSettings(
+        seed=options.seed,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        top_p=options.top_p,
+        max_tokens=options.max_new_tokens,
+        stop=tuple(options.stop),
+    )
+    if not options.jsonl:
+        return Prompts(read_prompts(options), usual, options.num_samples, options.batch)
+    if options.output is not None:
+        from serving.results import check_new
+
+        check_new(options.output)
+    return JobFile(options.batch, usual, options.num_samples)
+
+
+def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Timing) -> Model:
+    """The checkpoint, quantized if it is to be, and not compiled yet. What is wrong with the jobs is said before."""
+    checkpoint = open_checkpoint(options.model_type, options.revision)
+    from tokenizer import load_tokenizer
+
+    context, vocabulary = checkpoint.config.n_positions, checkpoint.config.vocab_size
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source, vocabulary)
+    draft = None
+    if options.speculate is not None:
+        from serving.opening import open_draft
+
+        draft = open_draft(options.speculate, checkpoint, tokenizer)
+    if isinstance(jobs, JobFile):
+        with progress(jobs.size, "B", desc="checking", unit_scale=True) as bar:
+            jobs.check(tokenizer, context, vocabulary, bar.update)
+    else:
+        jobs.check(tokenizer, context, vocabulary)
+    if options.quantization is not None:
+        checkpoint = quantized(checkpoint, options.quantization)
+    timing.loaded = time.perf_counter()
+    if options.threads is not None:
+        os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
+    engines = engine_cache.chosen(options, lambda message: command_line.report(f"example.py: {message}"))
+    report = command_line.report if options.verbose else _ignore
+    return Model(checkpoint, checkpoint.config, tokenizer, draft, engines, report, timing)
+
+
+def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None:
+    """Prints the only response to the only prompt: the shortest way from one token to the next."""
+    # This imports nvtripy, which takes a moment: only once the input is known to be good.
+    from engine import open_engine
+
+    engine = open_engine(model.checkpoint, options.dtype, 1, model.engines, model.report)
+    del model.checkpoint
+    model.timing.compiled = time.perf_counter()
+    [request] = model.requests(jobs)
+    print_texts([(request.prompt, saving(model, respond(engine, request.ids, model, options)))], options.stream)
+
+
+def respond(engine: Engine, ids: list[int], model: Model, options: argparse.Namespace) -> Iterator[str]:
+    """A response in pieces, as soon as they are certain."""
+    response = Response(model.tokenizer, options.stop, model.config.eos_token_ids)
+    sampler = generation.Sampler(options.seed, 0, options.temperature, options.top_k or None, options.top_p)
+    timing, done = model.timing, set[int]()
+    for drawn in generation.generate(engine, [ids], [sampler], options.max_new_tokens, done):
         timing.first_token = timing.first_token or time.perf_counter()
         timing.tokens += len(drawn)
         for row, token in drawn:
-            yield row, responses[row].push(token)
-            if responses[row].is_done:
+            yield response.push(token)
+            if response.is_done:
                 done.add(row)
-    for row, response in enumerate(responses):
-        yield row, response.finish()
+    yield response.finish()
 
 
-def saving(engines: EngineFolder | None, pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """The pieces of responses. Once there are any, a new engine is saved beside the work on the others."""
+def answer_all(jobs: Prompts, model: Model, options: argparse.Namespace) -> None:
+    """Prints any number of responses to any number of prompts, computed together."""
+    offline = open_offline(jobs, model, options)
+    answers = offline.answers(model.requests(jobs))
+    texts = ((answer.request.prompt, saving(model, answer.pieces())) for answer in answers)
+    if options.stream:
+        print_texts(texts, is_streamed=True)
+    else:
+        with progress(jobs.answers, "answer") as bar:
+            print_texts(texts, is_streamed=False, bar=bar)
+    tell_counts(offline, model)
+
+
+def answer_file(jobs: JobFile, model: Model, options: argparse.Namespace) -> None:
+    """Writes the results of each request of a file.
+
+    Raises:
+        UsageError: some ended in an error.
+    """
+    from serving.results import open_results, results_of
+
+    identity = {"model": model.checkpoint.fingerprint(), "endings": list(model.config.eos_token_ids)}
+    identity["dtype"] = options.dtype
+    offline = open_offline(jobs, model, options)
+    results = open_results(options.output, jobs, identity, options.has_seed)
+    with progress(jobs.count, "prompt", initial=results.done) as bar:
+        for result in results_of(offline.answers(model.requests(jobs, results.done))):
+            with bar.external_write_mode(file=sys.stdout):
+                results.write(result)
+            bar.update()
+            if model.engines is not None:
+                model.engines.save_pending(wait=False)
+    results.finish()
+    tell_counts(offline, model)
+    if results.errors:
+        raise UsageError(f"{results.errors} of {results.done} prompts ended in an error, which their results tell")
+
+
+def open_offline(jobs: Jobs, model: Model, options: argparse.Namespace) -> OfflineEngine:
+    """The model, compiled, for so many answers."""
+    from serving.offline import MAX_SEQUENCES, OfflineEngine
+    from serving.opening import open_model, open_speculation
+
+    together = min(jobs.answers, MAX_SEQUENCES)
+    opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report)
+    speculation = open_speculation(options.speculate, model.draft, options.dtype, model.engines, model.report)
+    del model.checkpoint, model.draft
+    model.timing.compiled = time.perf_counter()
+    return OfflineEngine(opened, model.tokenizer, model.config.eos_token_ids, together, speculation)
+
+
+def tell_counts(offline: OfflineEngine, model: Model) -> None:
+    """For --verbose."""
+    counters = offline.counters
+    model.timing.first_token, model.timing.tokens = offline.first_token, counters.generated_tokens
+    if counters.drafted_tokens:
+        model.report(f"{counters.accepted_tokens} of {counters.drafted_tokens} guesses were right")
+
+
+def saving(model: Model, pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of a response. Once there are any, a new engine is saved beside the work on the others."""
     for piece in pieces:
         yield piece
-        if engines is not None:
-            engines.save_pending(wait=False)
+        if model.engines is not None:
+            model.engines.save_pending(wait=False)
+
+
+def print_texts(texts: Iterable[tuple[str, Iterator[str]]], is_streamed: bool, bar: Any = None) -> None:
+    """Prints prompts with their responses, set apart where there are several.
+
+    Args:
+        texts: Prompts, each with its response in pieces, which are asked for before the next prompt.
+        bar: Is told of each response, and makes way for its text.
+    """
+    for number, (prompt, pieces) in enumerate(texts):
+        separator = f"{SEPARATOR}\n" if number else ""
+        if is_streamed:
+            print(separator + prompt, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print()
+            continue
+        text = prompt + "".join(pieces)
+        with contextlib.nullcontext() if bar is None else bar.external_write_mode(file=sys.stdout):
+            print(separator + text, flush=True)
+        if bar is not None:
+            bar.update()
+
+
+def progress(total: int, unit: str, **settings: Any) -> Any:
+    """A bar on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, leave=False, file=sys.stderr, disable=None, **settings)
 
 
 def run(options: argparse.Namespace) -> None:
     """Carries out the command."""
-    prompts = read_prompts(options)
+    jobs = find_jobs(options)
     timing = Timing()
-    checkpoint = open_checkpoint(options.model_type, options.revision)
-    from tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
-    encoded = [encode_prompt(prompt, tokenizer, checkpoint.config.n_positions) for prompt in prompts]
-    if options.quantization is not None:
-        checkpoint = quantized(checkpoint, options.quantization)
-    timing.loaded = time.perf_counter()
-
-    if options.threads is not None:
-        os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
-    # These import nvtripy, which takes a moment: only once the input is known to be good.
-    from engine import open_engine
-
-    jobs = (
-        Job(prompt, ids, sample)
-        for prompt, ids in zip(prompts, encoded, strict=True)
-        for sample in range(options.num_samples)
-    )
-    batch = 1 if options.stream else min(len(prompts) * options.num_samples, MAX_BATCH)
-    report = command_line.report if options.verbose else _ignore
-    engines = engine_cache.chosen(options, lambda message: command_line.report(f"example.py: {message}"))
+    model = find_model(options, jobs, timing)
     try:
-        engine = open_engine(checkpoint, options.dtype, batch, engines, report)
+        if isinstance(jobs, JobFile):
+            answer_file(jobs, model, options)
+        elif jobs.answers == 1 and options.speculate is None:
+            answer_one(jobs, model, options)
+        else:
+            answer_all(jobs, model, options)
     except EngineError as error:
         raise UsageError(str(error)) from None
-    eos_ids = checkpoint.config.eos_token_ids
-    del checkpoint
-    timing.compiled = time.perf_counter()
-
-    is_first = True
-    while group := list(itertools.islice(jobs, batch)):
-        pieces = saving(engines, respond(engine, tokenizer, group, options, eos_ids, timing))
-        if not is_first:
-            print(SEPARATOR)
-        is_first = False
-        if options.stream:
-            print(group[0].prompt, end="", flush=True)
-            for _, piece in pieces:
-                print(piece, end="", flush=True)
-            print()
-        else:
-            texts = [job.prompt for job in group]
-            for row, piece in pieces:
-                texts[row] += piece
-            print(f"\n{SEPARATOR}\n".join(texts), flush=True)
     timing.finished = time.perf_counter()
-    if engines is not None:
-        engines.save_pending()
+    if model.engines is not None:
+        model.engines.save_pending()
     if options.verbose:
         command_line.report(timing.report())
 

@@ -170,12 +170,13 @@ def build_service(options: argparse.Namespace) -> Service:
     from serving.http.bridge import Bridge
     from serving.http.metrics import Metrics
     from serving.http.service import Service
-    from serving.opening import open_model
+    from serving.opening import open_draft, open_model, open_speculation
     from tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(options.model_type, options.revision)
     tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
     template = _template(options, checkpoint)
+    draft = open_draft(options.speculate, checkpoint, tokenizer)
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
     if options.threads is not None:
@@ -184,7 +185,7 @@ def build_service(options: argparse.Namespace) -> Service:
     cache_bytes = None if options.cache_memory is None else options.cache_memory << 20
     try:
         opened = open_model(checkpoint, options.dtype, options.max_num_seqs, cache_bytes, engines, command_line.report)
-        speculation = _speculation(options, engines)
+        speculation = open_speculation(options.speculate, draft, options.dtype, engines, command_line.report)
     except EngineError as error:
         raise UsageError(str(error)) from None
     if engines is not None:
@@ -236,22 +237,6 @@ def _template(options: argparse.Namespace, checkpoint: Checkpoint) -> Any:
     except TemplateError as error:
         where = options.chat_template or checkpoint.path
         raise UsageError(f"the chat template of {where} is none: {error}") from None
-
-
-def _speculation(options: argparse.Namespace, engines: Any) -> Any:
-    """What guesses tokens, if anything does."""
-    from serving.opening import open_model
-    from serving.speculation import PromptLookup, Speculation
-
-    if options.speculate is None:
-        return None
-    if options.speculate == "prompt-lookup":
-        return Speculation(PromptLookup())
-    from serving.draft_model import DraftModel
-
-    draft = open_checkpoint(options.speculate)
-    opened = open_model(draft, options.dtype, Speculation.MAX_SEQUENCES, None, engines, command_line.report)
-    return Speculation(DraftModel(opened.decoder), most=4)
 
 
 def _shown(host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from generation import LogitsError
 from nvtripy_portable.decoder import Piece
 from nvtripy_portable.pages import PagesExhausted
 from serving.engine import BatchedDecoder
@@ -33,16 +34,17 @@ class DraftModel:
         except PagesExhausted:
             return []
         guesses: list[int] = []
-        for number in range(count):
+        for _ in range(count):
             new = tokens[len(state.tokens) :]
             piece = Piece(new, len(state.tokens), state.pages, generated=len(new) == 1 and len(state.tokens) > 0)
             logits = self._decoder.step([piece])
             state.tokens += new
-            drawn = sequence.drawer(logits[0], sequence.generated + guesses)
+            try:
+                drawn = sequence.drawer(logits[0], sequence.generated + guesses)
+            except LogitsError:  # of the smaller model, whose numbers nobody has asked for
+                return guesses
             guesses.append(drawn)
             tokens.append(drawn)
-            if number + 1 == count:
-                break
         return guesses
 
     def forget(self, sequence: Sequence) -> None:

@@ -164,6 +164,7 @@ class ServingEngine:
         choices: int = 1,
         priority: int = 0,
         salt: bytes = b"",
+        first: int = 0,
     ) -> Ticket:
         """Hands in a request; its updates are delivered.
 
@@ -171,6 +172,8 @@ class ServingEngine:
             choices: How many answers, numbered from 0; each draws with a number of its own.
             priority: Smaller ones come first.
             salt: Only prompts with the same one share pages.
+            first: The number with which the first of them draws, the next with the next one: more answers to a prompt
+                that has some already.
 
         Raises:
             RequestError: it cannot be carried out.
@@ -191,7 +194,7 @@ class ServingEngine:
         keys = self.pages.keys(prompt, salt)
         endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
         for choice in range(choices):
-            drawer = Drawer(settings, choice, prompt, endings)
+            drawer = Drawer(settings, first + choice, prompt, endings)
             text = AnswerText(self.tokenizer, settings.stop, settings.include_stop)
             order = (priority, number, choice)
             ticket.sequences.append(Sequence(order, choice, prompt, settings, endings, drawer, text, keys))
@@ -278,7 +281,7 @@ class ServingEngine:
             )
         except Exception as error:  # whatever it is, it ends these requests and no others
             for each in work:
-                self._fail(each.sequence, str(error) or type(error).__name__)
+                self._fail(each.sequence, error)
             return
         row = 0
         for each in work:
@@ -303,7 +306,7 @@ class ServingEngine:
                 self._draw(sequence, logits[-1])
                 self._start_followers(sequence, logits[-1])
         except LogitsError as error:
-            self._fail(sequence, str(error))
+            self._fail(sequence, error)
 
     def _verify(self, work: Work, logits: np.ndarray) -> None:
         """Draws a token, and as long as it is the one that was guessed, the next: they are those of a run without
@@ -367,7 +370,7 @@ class ServingEngine:
                 try:
                     self._draw(follower, logits)
                 except LogitsError as error:
-                    self._fail(follower, str(error))
+                    self._fail(follower, error)
 
     def _score_prompt(self, work: Work, logits: np.ndarray) -> None:
         sequence = work.sequence
@@ -410,7 +413,8 @@ class ServingEngine:
             followers[0].followers = followers[1:]
             self.scheduler.add(followers[0])
 
-    def _fail(self, sequence: Sequence, message: str) -> None:
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
         if sequence.state is not State.FINISHED:
             self._end(sequence, "error", Certain(""))
-            self._outbox[-1][1].error = message
+            update = self._outbox[-1][1]
+            update.error, update.cause = str(error) or type(error).__name__, error

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 from command_line import UsageError
 from engine_cache import EngineFolder
 from serving.engine import BatchedDecoder
-from weight_loader import Checkpoint
+from serving.speculation import PromptLookup, Speculation
+from tokenizer import Tokenizer, load_tokenizer
+from weight_loader import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from engine import Engine
 
 PAGE_TOKENS = 64
 DEFAULT_CACHE = 1 << 30  # bytes of keys and values, where nothing is said
+PROMPT_LOOKUP = "prompt-lookup"  # guesses that need no other model
+DRAFTED = 4  # tokens of a guess by a smaller model: each takes a step of it
 
 
 @dataclass
@@ -41,7 +45,8 @@ def open_model(
     engines: EngineFolder | Path | None,
     report: Callable[[str], None],
 ) -> OpenedModel:
-    """The checkpoint's model over pages or, where NVIDIA's runtime runs it, over ``max_sequences`` rows.
+    """The checkpoint's model over pages or, where NVIDIA's runtime runs it, over ``max_sequences`` rows, or as many as
+    the memory of those pages would hold.
 
     Args:
         cache_bytes: For keys and values; at least a whole context's. None: 1 GiB, or what all sequences can fill.
@@ -69,8 +74,59 @@ def open_model(
         return OpenedModel(decoder, True)
     from serving.slots import SlotDecoder
 
-    static = open_engine(checkpoint, dtype, max_sequences, engines, report)
+    static = open_engine(checkpoint, dtype, min(max_sequences, pages // least), engines, report)
     return OpenedModel(SlotDecoder(static, config.vocab_size), False)
+
+
+def open_draft(name: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint | None:
+    """The smaller model that guesses tokens for another one.
+
+    Args:
+        name: Its checkpoint; ``PROMPT_LOOKUP`` and None: there is none.
+        checkpoint, tokenizer: Of the model for which it guesses.
+
+    Raises:
+        UsageError: its vocabulary is another.
+        CheckpointError: it cannot be read.
+    """
+    if name is None or name == PROMPT_LOOKUP:
+        return None
+    draft = open_checkpoint(name)
+    size, wanted = draft.config.vocab_size, checkpoint.config.vocab_size
+    expected = f"expected the model of --speculate to have the vocabulary of {checkpoint.path}"
+    if size != wanted:
+        raise UsageError(f"{expected}, {wanted} tokens, but {draft.path} has {size}")
+    own = load_tokenizer(draft.tokenizer_source, size)
+    for id in range(size):
+        theirs, ours = own.decode_bytes([id]), tokenizer.decode_bytes([id])
+        if theirs != ours:
+            raise UsageError(f"{expected}, where token {id} is {ours!r}, but in {draft.path} it is {theirs!r}")
+    return draft
+
+
+def open_speculation(
+    name: str | None,
+    draft: Checkpoint | None,
+    dtype: str,
+    engines: EngineFolder | Path | None,
+    report: Callable[[str], None],
+) -> Speculation | None:
+    """What guesses tokens, if anything does.
+
+    Args:
+        name: As of :func:`open_draft`, which has given ``draft``.
+
+    Raises:
+        EngineError, CheckpointError: as ``engine.open_engine``.
+    """
+    if name is None:
+        return None
+    if draft is None:
+        return Speculation(PromptLookup())
+    from serving.draft_model import DraftModel
+
+    opened = open_model(draft, dtype, Speculation.MAX_SEQUENCES, None, engines, report)
+    return Speculation(DraftModel(opened.decoder), most=DRAFTED)
 
 
 def chat_template_of(checkpoint: Checkpoint) -> tuple[str | None, dict[str, str]]:

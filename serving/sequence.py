@@ -32,7 +32,7 @@ class Update:
         prompt_scores: Of the prompt's tokens, once, where they are wanted; None for the first.
         finish_reason: "stop", "length", "cancelled" or "error" with the last update, else None.
         stop_reason: The text or the id that ended the answer, if it was one of the request's own.
-        error: Why there is no more of it.
+        error: Why there is no more of it; ``cause``: the exception that says so.
         cached: How many of the prompt's tokens were found in pages; with the first update.
     """
 
@@ -45,6 +45,7 @@ class Update:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    cause: Exception | None = None
     cached: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 from generation import MAX_SEED
@@ -71,7 +72,7 @@ class SamplingSettings:
             RequestError: naming the field.
         """
         _within("seed", self.seed, 0, MAX_SEED)
-        _within("temperature", self.temperature, 0, 1e4)
+        _within("temperature", self.temperature, 0, sys.float_info.max)
         _within("top_k", self.top_k, 1, None)
         _within("top_p", self.top_p, 0, 1, above=True)
         _within("min_p", self.min_p, 0, 1)

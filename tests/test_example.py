@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -15,9 +16,11 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import termios
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +45,7 @@ import generation
 import tokenizer
 from command_line import EMBEDDED_CHECKPOINT
 from response import Response
+from serving.offline import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example.py"
@@ -140,9 +144,6 @@ def ask(
 ) -> Ask:
     """Runs main() in this process. Up to 30 arbitrary bytes, computed in float32, unless an option says otherwise."""
 
-    # One size for many: the fewer sizes, the fewer compilations.
-    monkeypatch.setattr(example, "MAX_BATCH", 4)
-
     def run(stdin: bytes = b"", **options: Any) -> Result:
         usual = {"model_type": arbitrary, "engine_dir": engines, "dtype": "float32", "max_new_tokens": 30}
         options = {**usual, **options}
@@ -231,6 +232,44 @@ def test_more_prompts_than_are_computed_together(ask: Ask, tmp_path: Path) -> No
     assert len(together.texts) == 6
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_guesses_change_no_text(ask: Ask, tmp_path: Path, arbitrary: Path, temperature: float, stream: bool) -> None:
+    """By lookup, by the model itself, by another one; of one prompt and of many."""
+    (tmp_path / "prompts").write_text("\n".join(PROMPTS * 3))
+    other = random_checkpoint(tmp_path / "other", 1)
+    for source in ({"input_text": "The"}, {"batch": tmp_path / "prompts", "num_samples": 2}):
+        expected = ask(**source, seed=3, temperature=temperature)
+        for guesser in ("prompt-lookup", arbitrary, other):
+            assert ask(**source, seed=3, temperature=temperature, speculate=guesser, stream=stream) == expected
+
+
+def test_verbose_tells_of_guesses(ask: Ask, arbitrary: Path) -> None:
+    found = ask(input_text="The", seed=3, speculate=arbitrary, verbose=True)
+    counts = re.search(r"^(\d+) of (\d+) guesses were right$", found.err, re.MULTILINE)
+    assert counts is not None and counts[1] == counts[2] != "0"
+    assert ", 30 tokens, " in found.err
+
+
+def test_a_bar_for_many_answers_at_a_terminal(answer: list[object], tmp_path: Path) -> None:
+    """On standard error, which is clean in the end; the text is what it is without."""
+    (tmp_path / "prompts").write_text("The\n" * 20)
+    given = [*answer[:5], f"--batch={tmp_path / 'prompts'}"]
+    expected = execute(*given)
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a new one has no columns
+    with start(*given, stderr=terminal) as process:
+        out, _ = process.communicate()
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # which is how a terminal ends that nobody has open any more
+        while piece := os.read(controller, 1 << 16):
+            seen += piece
+    os.close(controller)
+    assert (process.returncode, out) == (0, expected.out) and expected.err == ""
+    assert b"/20" in seen and seen.endswith(b" \r")
+
+
 def test_only_line_ends_separate_prompts(ask: Ask, tmp_path: Path) -> None:
     """Windows's too; but a form feed or Unicode's line separator is part of a prompt."""
     (tmp_path / "prompts").write_bytes("a\fb\u2028c\r\nd\n".encode())
@@ -250,18 +289,18 @@ def test_any_number_of_new_tokens_ends_with_the_context(ask: Ask) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_samples_without_end_come_one_after_another(ask: Ask, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     """They are not all planned first: a billion would fill the memory."""
-    respond, groups = example.respond, []
+    pieces, asked = Answer.pieces, []
 
-    def interrupted(*arguments: Any) -> Any:
-        if len(groups) == 2:
+    def interrupted(self: Answer) -> Iterator[str]:
+        if len(asked) == 70:
             raise KeyboardInterrupt
-        groups.append([job.sample for job in arguments[2]])
-        return respond(*arguments)
+        asked.append(self.sample)
+        return pieces(self)
 
-    monkeypatch.setattr(example, "respond", interrupted)
-    found = ask(input_text="The", seed=1, num_samples=10**30, stream=stream)
+    monkeypatch.setattr(Answer, "pieces", interrupted)
+    found = ask(input_text="The", seed=1, num_samples=10**30, stream=stream, max_new_tokens=2)
     assert found.code == 130
-    assert groups == ([[0], [1]] if stream else [[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert asked == list(range(70))
     assert found.out
 
 
@@ -757,6 +796,26 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], Sequence[object]], str]] = {
     ),
     "prompt file empty": (lambda p: p.prompts(b""), "expected a prompt on each line of .*/file but the file is empty"),
     "prompt file with an empty line": (lambda p: p.prompts(b"a\n\nb\n"), "got an empty one on line 2 of .*/file"),
+    "prompt too long in a file": (
+        lambda p: p.prompts(b"a\n" + b"x" * (CONTEXT + 1)),
+        rf"at most {CONTEXT} tokens, the model's context, but got {CONTEXT + 1} on line 2 of .*/file",
+    ),
+    "jsonl without a file": (lambda p: [*PROMPT, "--jsonl"], "expected --batch with --jsonl"),
+    "jsonl as a stream": (lambda p: [*p.prompts(b"{}"), "--jsonl", "--stream"], "expected --jsonl or --stream"),
+    "output of a text": (lambda p: [*PROMPT, "--output=x"], "expected --jsonl with --output"),
+    "jsonl that is none": (lambda p: [*p.prompts(b"The\n"), "--jsonl"], "expected a JSON object on line 1 of .*/file"),
+    "jsonl of an empty file": (lambda p: [*p.prompts(b""), "--jsonl"], "JSON object on each line of .*/file but the"),
+    "jsonl of a folder": (lambda p: ["--batch", p.folder, "--jsonl"], "cannot read .*: Is a directory"),
+    "jsonl over its input": (
+        lambda p: [*p.prompts(b"{}"), "--jsonl", "--output", p.folder / "file"],
+        "expected --output to name a new file, but .*/file is there already",
+    ),
+    "guesses by an unknown model": (lambda p: [*PROMPT, "--speculate=gpt5"], "no model 'gpt5'"),
+    "guesses by nothing": (lambda p: [*PROMPT, "--speculate="], "expected a checkpoint folder or file at ''"),
+    "guesses with another vocabulary": (
+        lambda p: [*PROMPT, "--speculate", EMBEDDED_CHECKPOINT],
+        "the vocabulary of .*/verse, 257 tokens, but .*/shakespeare has [0-9]+",
+    ),
     "model unknown": (lambda p: [*PROMPT, "--model-type=gpt5"], "no model 'gpt5': .*gpt2, gpt2-medium"),
     "model name empty": (lambda p: [*PROMPT, "--model-type="], "expected a checkpoint folder or file at ''"),
     "model folder missing": (lambda p: [*PROMPT, "--model-type=./none"], "'./none', but nothing is there"),

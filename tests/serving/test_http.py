@@ -277,6 +277,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["--api-key="], "expected an API key but got an empty one"),
         ([f"--model-type={folder}", "--cache-memory=1", "--port=0", "--chat-template=/none"], "cannot read /none"),
         ([f"--model-type={folder}", "--speculate=./none", "--port=0", "--no-engine-cache"], "./none"),
+        ([f"--model-type={folder}", "--speculate=checkpoints/shakespeare", "--port=0"], "257 tokens, but"),
     ):
         monkeypatch.setattr(sys, "argv", ["serve.py", *options])
         assert serve.main() == 2

@@ -1,0 +1,260 @@
+"""Requests, each made when its turn comes: prompts that are all asked the same, or a file that says more of each.
+
+A line of such a file is a JSON object. Lines are read as far as they are needed: they may be any number.
+
+    {"prompt": "To be, or not to be"}
+    {"custom_id": "b", "prompt": "Good morrow", "n": 2, "temperature": 0.5, "stop": ["\\n"]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, Protocol
+
+import text_file
+from command_line import UsageError
+from response import encode_prompt
+from serving.settings import RequestError, SamplingSettings
+from tokenizer import Tokenizer, UnknownCharacterError
+
+MAX_CHOICES = 1024  # answers to one prompt, which are in memory together
+
+# What a line may have beside its prompt, and of which types. Most are fields of the sampling settings.
+_NUMBER, _INTEGER = ((int, float), "a number"), ((int,), "an integer")
+_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "prompt": ((str,), "a text"),
+    "custom_id": ((str, int), "a text or an integer"),
+    "n": _INTEGER,
+    "max_tokens": _INTEGER,
+    "seed": _INTEGER,
+    "temperature": _NUMBER,
+    "top_k": _INTEGER,
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "presence_penalty": _NUMBER,
+    "stop": ((str, list), "a text or a list of texts"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and what is asked of its answers.
+
+    Attributes:
+        ids: The prompt's.
+        choices: How many answers.
+        index: Which of all requests it is, from 0.
+        custom_id: What its author calls it.
+    """
+
+    prompt: str
+    ids: list[int]
+    settings: SamplingSettings
+    choices: int = 1
+    index: int = 0
+    custom_id: str | int | None = None
+
+
+class Jobs(Protocol):
+    """Where requests come from.
+
+    Attributes:
+        count, answers: How many requests and answers there are; of a file, once :meth:`check` has counted them.
+    """
+
+    count: int
+    answers: int
+
+    def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
+        """Looks at all of them, so that what is wrong with any is known before anything is computed.
+
+        Args:
+            context, vocabulary: Of the model, in tokens.
+
+        Raises:
+            UsageError: one cannot be carried out; it says on which line of which file.
+        """
+
+    def requests(self, tokenizer: Tokenizer, context: int, vocabulary: int, start: int = 0) -> Iterator[Request]:
+        """The requests from number ``start`` on."""
+
+
+class Prompts:
+    """Prompts that are asked the same.
+
+    Args:
+        choices: Answers to each.
+        path: The file that they are the lines of, if they are.
+    """
+
+    def __init__(self, prompts: Sequence[str], settings: SamplingSettings, choices: int, path: Path | None) -> None:
+        self._prompts, self._settings, self._choices, self._path = prompts, settings, choices, path
+        self.count, self.answers = len(prompts), len(prompts) * choices
+
+    def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
+        """As of :class:`Jobs`."""
+        for index in range(self.count):
+            self._request(index, tokenizer, context)
+
+    def requests(self, tokenizer: Tokenizer, context: int, vocabulary: int, start: int = 0) -> Iterator[Request]:
+        """As of :class:`Jobs`."""
+        for index in range(start, self.count):
+            yield self._request(index, tokenizer, context)
+
+    def _request(self, index: int, tokenizer: Tokenizer, context: int) -> Request:
+        prompt = self._prompts[index]
+        try:
+            ids = encode_prompt(prompt, tokenizer, context)
+        except (UsageError, UnknownCharacterError) as error:
+            where = "" if self._path is None else f" on line {index + 1} of {self._path}"
+            raise UsageError(f"{error}{where}") from None
+        return Request(prompt, ids, _fitted(self._settings, len(ids), context), self._choices, index)
+
+
+def _fitted(settings: SamplingSettings, prompt_tokens: int, context: int) -> SamplingSettings:
+    """The settings, for as many tokens as the context has room for behind the prompt: the last one needs no place."""
+    return replace(settings, max_tokens=min(settings.max_tokens, context - prompt_tokens + 1))
+
+
+class JobFile:
+    """The requests of a file of JSON lines.
+
+    Args:
+        path: It may be a pipe, whose content is then put into a temporary file.
+        usual: What a line does not say.
+        choices: Answers to a prompt whose line does not say how many.
+
+    Attributes:
+        size: Of the file, in bytes.
+        digest: Of its content and the prompts' ids, once :meth:`check` has read it.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, usual: SamplingSettings, choices: int) -> None:
+        self.path, self.usual, self.choices = path, usual, choices
+        self.count = self.answers = 0
+        self.digest = ""
+        try:
+            self._file: BinaryIO = path.open("rb")
+            if not self._file.seekable():
+                pipe, self._file = self._file, tempfile.TemporaryFile()  # noqa: SIM115 (as long as this object lives)
+                with pipe:
+                    shutil.copyfileobj(pipe, self._file)
+            self.size = self._file.seek(0, os.SEEK_END)
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+            raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+    def check(
+        self,
+        tokenizer: Tokenizer,
+        context: int,
+        vocabulary: int,
+        told: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        """As of :class:`Jobs`; ``told`` is told of each line's bytes."""
+        digest = hashlib.sha256()
+        for index, line in enumerate(self._lines()):
+            request = self._request(index, line, tokenizer, context, vocabulary)
+            digest.update(line)
+            digest.update(repr(request.ids).encode())
+            self.count, self.answers = index + 1, self.answers + request.choices
+            told(len(line))
+        if self.count == 0:
+            raise UsageError(f"expected a JSON object on each line of {self.path} but the file is empty")
+        self.digest = digest.hexdigest()
+
+    def requests(self, tokenizer: Tokenizer, context: int, vocabulary: int, start: int = 0) -> Iterator[Request]:
+        """As of :class:`Jobs`.
+
+        Raises:
+            UsageError: as of :meth:`check`, if the file has changed since.
+        """
+        for index, line in enumerate(self._lines()):
+            if index >= start:
+                yield self._request(index, line, tokenizer, context, vocabulary)
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            self._file.seek(0)
+            yield from self._file
+        except OSError as error:
+            raise UsageError(f"cannot read {self.path}: {error.strerror}") from None
+
+    def _request(self, index: int, line: bytes, tokenizer: Tokenizer, context: int, vocabulary: int) -> Request:
+        where = f"line {index + 1} of {self.path}"
+        found = _parsed(text_file.decode_text(line, where), where)
+        fields = {name: value for name, value in found.items() if value is not None}
+        if "prompt" not in fields:
+            raise UsageError(f"expected a prompt on {where} but it has none")
+        choices = fields.get("n", self.choices)
+        if not 1 <= choices <= MAX_CHOICES:
+            raise UsageError(f"expected n to be 1 to {MAX_CHOICES} on {where} but got {choices}")
+        own = {name: value for name, value in fields.items() if name not in ("prompt", "custom_id", "n")}
+        if "stop" in own:
+            own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
+        if own.get("top_k") == 0:  # as of --top-k
+            own["top_k"] = None
+        settings = replace(self.usual, **own)
+        try:
+            settings.check(vocabulary)
+            ids = encode_prompt(fields["prompt"], tokenizer, context)
+        except (RequestError, UsageError, UnknownCharacterError) as error:
+            raise UsageError(f"{error} on {where}") from None
+        settings = _fitted(settings, len(ids), context)
+        return Request(fields["prompt"], ids, settings, choices, index, fields.get("custom_id"))
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    """The fields of a line, each of its type, or None.
+
+    Raises:
+        UsageError: it is no object of such fields.
+    """
+    try:
+        found = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UsageError(f"expected a JSON object on {where} but it is not valid JSON: {reason}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"expected a JSON object on {where} but got {_shown(found)}")
+    for name, value in found.items():
+        if name not in _FIELDS:
+            raise UsageError(f"unknown field {_shown(name)} on {where}: expected {', '.join(_FIELDS)}")
+        types, described = _FIELDS[name]
+        is_right = isinstance(value, types) and not isinstance(value, bool)
+        if isinstance(value, list):
+            is_right = is_right and all(isinstance(each, str) for each in value)
+        if value is not None and not is_right:
+            raise UsageError(f"expected {name} to be {described} on {where} but got {_shown(value)}")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and not _is_text(each):
+                raise UsageError(f"expected {name} to be Unicode text on {where} but it has half of a surrogate pair")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
