@@ -62,7 +62,7 @@ def linear(
     residual: Array | None,
     pre_scale: Array | None,
     input_scale: Array | None,
-    addend: Array | None,
+    addend: Array | None = None,
     *,
     weight_dtype: str,
     width: int,
