@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import nvtripy as tp
@@ -46,6 +47,20 @@ class AdapterRoom:
 
     count: int
     ranks: tuple[int, ...]
+
+
+class HasRanks(Protocol):
+    """An adapter."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """For each of ``model.ADAPTED``."""
+
+
+def room_of(adapters: Sequence[HasRanks]) -> AdapterRoom:
+    """Room for these adapters, and no more."""
+    ranks = tuple(max(ranks) for ranks in zip(*(each.ranks for each in adapters), strict=True))
+    return AdapterRoom(len(adapters), ranks)
 
 
 class Engine:

@@ -33,11 +33,12 @@ from command_line import UsageError
 from engine_cache import EngineError, EngineFolder
 from quantization import QuantizationConfig, QuantizationError
 from response import Response
-from serving.jobs import JobFile, Jobs, Prompts, Request
+from serving.jobs import NO_ADAPTER, JobFile, Jobs, Prompts, Request, described_adapters
 from serving.settings import SamplingSettings
 from weight_loader import Checkpoint, CheckpointConfig, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
+    from adapters.lora import Lora
     from engine import Engine
     from serving.offline import OfflineEngine
     from tokenizer import Tokenizer
@@ -106,6 +107,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--speculate", metavar="prompt-lookup|NAME", help="guess tokens by lookup in the text, or by a smaller model"
     )
+    parser.add_argument(
+        "--lora", metavar="NAME", nargs="+", default=[], help="PEFT's adapters, numbered from 0: folders, or hub names"
+    )
+    parser.add_argument(
+        "--lora-task-ids", metavar="N", nargs="+", type=int, help="each prompt's adapter; -1: none (default: the one)"
+    )
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text (repeatable)")
     parser.add_argument(
         "--dtype",
@@ -139,6 +146,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         raise UsageError("expected --batch with --jsonl: it names the file")
     if options.jsonl and options.stream:
         raise UsageError("expected --jsonl or --stream but got both")
+    check_adapters(options)
     if options.output is not None and not options.jsonl:
         raise UsageError("expected --jsonl with --output: a text goes to standard output")
     options.has_seed = options.seed is not None
@@ -149,6 +157,36 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except ValueError as error:
         raise UsageError(str(error)) from None
     return options
+
+
+def check_adapters(options: argparse.Namespace) -> None:
+    """Refuses numbers that no adapter has.
+
+    Raises:
+        UsageError: see above.
+    """
+    ids, count = options.lora_task_ids, len(options.lora)
+    if ids is None:
+        if count > 1 and not options.jsonl:
+            raise UsageError(f"expected --lora-task-ids with {count} adapters: the number of each prompt's, or -1")
+        return
+    if options.jsonl:
+        raise UsageError("expected --lora-task-ids without --jsonl: its lines have lora_task_id")
+    for each in ids:
+        if not NO_ADAPTER <= each < count:
+            raise UsageError(f"expected --lora-task-ids to be {described_adapters(count)} but got {each}")
+
+
+def adapters_of(options: argparse.Namespace, prompts: int) -> list[int]:
+    """The number of each prompt's adapter.
+
+    Raises:
+        UsageError: there are not as many numbers as prompts.
+    """
+    ids = options.lora_task_ids or [0 if options.lora else NO_ADAPTER]
+    if len(ids) not in (1, prompts):
+        raise UsageError(f"expected --lora-task-ids to be one number, or {prompts}, one a prompt, but got {len(ids)}")
+    return list(ids) * (prompts if len(ids) == 1 else 1)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -216,6 +254,7 @@ class Model:
         checkpoint: Until it is compiled: its files stay open as long as it lives.
         config: The checkpoint's settings.
         draft: The smaller model that guesses tokens, if one does.
+        loras: Adapters, by their numbers.
         engines: Where compiled engines are kept.
         report: Takes lines for whoever wants to know more.
     """
@@ -224,6 +263,7 @@ class Model:
     config: CheckpointConfig
     tokenizer: Tokenizer
     draft: Checkpoint | None
+    loras: list[Lora]
     engines: EngineFolder | None
     report: Callable[[str], None]
     timing: Timing
@@ -248,12 +288,13 @@ def find_jobs(options: argparse.Namespace) -> Prompts | JobFile:
         stop=tuple(options.stop),
     )
     if not options.jsonl:
-        return Prompts(read_prompts(options), usual, options.num_samples, options.batch)
+        prompts = read_prompts(options)
+        return Prompts(prompts, usual, options.num_samples, options.batch, adapters_of(options, len(prompts)))
     if options.output is not None:
         from serving.results import check_new
 
         check_new(options.output)
-    return JobFile(options.batch, usual, options.num_samples)
+    return JobFile(options.batch, usual, options.num_samples, len(options.lora))
 
 
 def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Timing) -> Model:
@@ -268,6 +309,11 @@ def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Tim
         from serving.opening import open_draft
 
         draft = open_draft(options.speculate, checkpoint, tokenizer)
+    loras = []
+    if options.lora:
+        from adapters.lora import find_lora
+
+        loras = [find_lora(name, checkpoint) for name in options.lora]
     if isinstance(jobs, JobFile):
         with progress(jobs.size, "B", desc="checking", unit_scale=True) as bar:
             jobs.check(tokenizer, context, vocabulary, bar.update)
@@ -280,7 +326,7 @@ def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Tim
         os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
     engines = engine_cache.chosen(options, lambda message: command_line.report(f"example.py: {message}"))
     report = command_line.report if options.verbose else _ignore
-    return Model(checkpoint, checkpoint.config, tokenizer, draft, engines, report, timing)
+    return Model(checkpoint, checkpoint.config, tokenizer, draft, loras, engines, report, timing)
 
 
 def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None:
@@ -350,15 +396,19 @@ def answer_file(jobs: JobFile, model: Model, options: argparse.Namespace) -> Non
 
 def open_offline(jobs: Jobs, model: Model, options: argparse.Namespace) -> OfflineEngine:
     """The model, compiled, for so many answers."""
+    from engine import room_of
+    from serving.adapters import Adapter
     from serving.offline import MAX_SEQUENCES, OfflineEngine
     from serving.opening import open_model, open_speculation
 
     together = min(jobs.answers, MAX_SEQUENCES)
-    opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report)
+    room = room_of(model.loras) if model.loras else None
+    opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report, room)
+    adapters = [Adapter(each.name, each.tables(room.ranks)) for each in model.loras] if room is not None else []
     speculation = open_speculation(options.speculate, model.draft, options.dtype, model.engines, model.report)
     del model.checkpoint, model.draft
     model.timing.compiled = time.perf_counter()
-    return OfflineEngine(opened, model.tokenizer, model.config.eos_token_ids, together, speculation)
+    return OfflineEngine(opened, model.tokenizer, model.config.eos_token_ids, together, speculation, adapters)
 
 
 def tell_counts(offline: OfflineEngine, model: Model) -> None:
@@ -414,7 +464,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         if isinstance(jobs, JobFile):
             answer_file(jobs, model, options)
-        elif jobs.answers == 1 and options.speculate is None:
+        elif jobs.answers == 1 and options.speculate is None and not options.lora:
             answer_one(jobs, model, options)
         else:
             answer_all(jobs, model, options)

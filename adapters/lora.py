@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapters.download import download_adapter
 from adapters.errors import AdapterError
 from adapters.places import LINEARS, Place, places_of
 from loading.containers.folder import open_weights
@@ -91,6 +92,17 @@ class Lora:
         """What an engine with room for these ranks takes: of each of ``LINEARS`` that has one, the ways down and up."""
         pairs = [pair for pair, rank in zip(self.matrices, ranks, strict=True) if rank]
         return [matrix for pair in pairs for matrix in (pair if pair is not None else (None, None))]
+
+
+def find_lora(name: str, checkpoint: Checkpoint) -> Lora:
+    """The adapter of a folder or, downloaded once, of a repository at the hub.
+
+    Raises:
+        AdapterError: as :func:`read_lora`.
+        CheckpointError: it cannot be downloaded.
+    """
+    folder = Path(name).expanduser()
+    return read_lora(folder if folder.exists() else download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES)), checkpoint)
 
 
 def read_lora(folder: Path, checkpoint: Checkpoint) -> Lora:

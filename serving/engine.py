@@ -20,6 +20,7 @@ import numpy as np
 from generation import LogitsError
 from nvtripy_portable.decoder import Piece
 from nvtripy_portable.pages import PagePool
+from serving.adapters import Adapter, AdapterSlots
 from serving.drawing import Drawer, scores
 from serving.pages import SharedPages
 from serving.scheduler import Scheduler, Work
@@ -38,9 +39,13 @@ class BatchedDecoder(Protocol):
     context: int
     vocabulary: int
     window: int | None
+    slots: int
 
     def step(self, pieces: Sequence_[Piece]) -> np.ndarray:
         """Float32 logits (rows, V) of the rows that the pieces ask for."""
+
+    def set_adapter(self, slot: int, matrices: Sequence_[np.ndarray | None] | None) -> None:
+        """Puts an adapter into a slot, from 1 to ``slots``."""
 
     def copy(self, source: int, target: int) -> None:
         """Makes page ``target`` what ``source`` is."""
@@ -113,7 +118,8 @@ class ServingEngine:
     ) -> None:
         self.decoder, self.tokenizer, self.endings = decoder, tokenizer, endings
         self.pages = SharedPages(decoder.pool, decoder.page_tokens, sharing)
-        self.scheduler = Scheduler(self.pages, decoder.context, decoder.window, max_sequences, max_tokens)
+        slots = AdapterSlots(decoder)
+        self.scheduler = Scheduler(self.pages, decoder.context, decoder.window, max_sequences, max_tokens, slots)
         self.counters = Counters()
         self.max_queue = max_queue
         self._sharing, self._speculation = sharing, speculation
@@ -165,6 +171,7 @@ class ServingEngine:
         priority: int = 0,
         salt: bytes = b"",
         first: int = 0,
+        adapter: Adapter | None = None,
     ) -> Ticket:
         """Hands in a request; its updates are delivered.
 
@@ -174,6 +181,7 @@ class ServingEngine:
             salt: Only prompts with the same one share pages.
             first: The number with which the first of them draws, the next with the next one: more answers to a prompt
                 that has some already.
+            adapter: That its answers have; None: none.
 
         Raises:
             RequestError: it cannot be carried out.
@@ -191,13 +199,14 @@ class ServingEngine:
             )
         ticket = Ticket()
         number = next(self._numbers)
-        keys = self.pages.keys(prompt, salt)
+        keys = self.pages.keys(prompt, salt if adapter is None else adapter.salted(salt))
         endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
         for choice in range(choices):
             drawer = Drawer(settings, first + choice, prompt, endings)
             text = AnswerText(self.tokenizer, settings.stop, settings.include_stop)
             order = (priority, number, choice)
-            ticket.sequences.append(Sequence(order, choice, prompt, settings, endings, drawer, text, keys))
+            sequence = Sequence(order, choice, prompt, settings, endings, drawer, text, keys, adapter)
+            ticket.sequences.append(sequence)
         with self._wake:
             waiting = self.waiting
             if self._is_draining or (self.max_queue is not None and waiting + choices > self.max_queue):
@@ -277,7 +286,7 @@ class ServingEngine:
             ticket.started = ticket.started or now
         try:
             logits = self.decoder.step(
-                [Piece(w.ids, w.start, w.sequence.pages, generated=w.is_generated, rows=w.rows) for w in work]
+                [Piece(w.ids, w.start, w.sequence.pages, w.is_generated, w.rows, w.sequence.slot) for w in work]
             )
         except Exception as error:  # whatever it is, it ends these requests and no others
             for each in work:

@@ -24,6 +24,7 @@ from response import encode_prompt
 from serving.settings import RequestError, SamplingSettings
 from tokenizer import Tokenizer, UnknownCharacterError
 
+NO_ADAPTER = -1  # as TensorRT-LLM's examples number it
 MAX_CHOICES = 1024  # answers to one prompt, which are in memory together
 
 # What a line may have beside its prompt, and of which types. Most are fields of the sampling settings.
@@ -42,6 +43,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "frequency_penalty": _NUMBER,
     "presence_penalty": _NUMBER,
     "stop": ((str, list), "a text or a list of texts"),
+    "lora_task_id": _INTEGER,
 }
 
 
@@ -54,6 +56,7 @@ class Request:
         choices: How many answers.
         index: Which of all requests it is, from 0.
         custom_id: What its author calls it.
+        adapter: The number of the one that its answers have; ``NO_ADAPTER``: none.
     """
 
     prompt: str
@@ -62,6 +65,7 @@ class Request:
     choices: int = 1
     index: int = 0
     custom_id: str | int | None = None
+    adapter: int = NO_ADAPTER
 
 
 class Jobs(Protocol):
@@ -94,10 +98,19 @@ class Prompts:
     Args:
         choices: Answers to each.
         path: The file that they are the lines of, if they are.
+        adapters: The number of each prompt's adapter.
     """
 
-    def __init__(self, prompts: Sequence[str], settings: SamplingSettings, choices: int, path: Path | None) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        settings: SamplingSettings,
+        choices: int,
+        path: Path | None,
+        adapters: Sequence[int] = (),
+    ) -> None:
         self._prompts, self._settings, self._choices, self._path = prompts, settings, choices, path
+        self._adapters = adapters or [NO_ADAPTER] * len(prompts)
         self.count, self.answers = len(prompts), len(prompts) * choices
 
     def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
@@ -117,7 +130,8 @@ class Prompts:
         except (UsageError, UnknownCharacterError) as error:
             where = "" if self._path is None else f" on line {index + 1} of {self._path}"
             raise UsageError(f"{error}{where}") from None
-        return Request(prompt, ids, _fitted(self._settings, len(ids), context), self._choices, index)
+        settings = _fitted(self._settings, len(ids), context)
+        return Request(prompt, ids, settings, self._choices, index, adapter=self._adapters[index])
 
 
 def _fitted(settings: SamplingSettings, prompt_tokens: int, context: int) -> SamplingSettings:
@@ -132,6 +146,8 @@ class JobFile:
         path: It may be a pipe, whose content is then put into a temporary file.
         usual: What a line does not say.
         choices: Answers to a prompt whose line does not say how many.
+        adapters: How many adapters there are, of which a line may name one by its number; where there is one, it is
+            that of a line that says nothing.
 
     Attributes:
         size: Of the file, in bytes.
@@ -141,8 +157,9 @@ class JobFile:
         UsageError: it cannot be read.
     """
 
-    def __init__(self, path: Path, usual: SamplingSettings, choices: int) -> None:
+    def __init__(self, path: Path, usual: SamplingSettings, choices: int, adapters: int = 0) -> None:
         self.path, self.usual, self.choices = path, usual, choices
+        self._adapters = adapters
         self.count = self.answers = 0
         self.digest = ""
         try:
@@ -200,7 +217,12 @@ class JobFile:
         choices = fields.get("n", self.choices)
         if not 1 <= choices <= MAX_CHOICES:
             raise UsageError(f"expected n to be 1 to {MAX_CHOICES} on {where} but got {choices}")
-        own = {name: value for name, value in fields.items() if name not in ("prompt", "custom_id", "n")}
+        adapter = fields.get("lora_task_id", 0 if self._adapters == 1 else NO_ADAPTER)
+        if not NO_ADAPTER <= adapter < self._adapters:
+            raise UsageError(
+                f"expected lora_task_id to be {described_adapters(self._adapters)} on {where} but got {adapter}"
+            )
+        own = {name: value for name, value in fields.items() if name in SamplingSettings.__dataclass_fields__}
         if "stop" in own:
             own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
         if own.get("top_k") == 0:  # as of --top-k
@@ -212,7 +234,12 @@ class JobFile:
         except (RequestError, UsageError, UnknownCharacterError) as error:
             raise UsageError(f"{error} on {where}") from None
         settings = _fitted(settings, len(ids), context)
-        return Request(fields["prompt"], ids, settings, choices, index, fields.get("custom_id"))
+        return Request(fields["prompt"], ids, settings, choices, index, fields.get("custom_id"), adapter)
+
+
+def described_adapters(count: int) -> str:
+    """The numbers that adapters can have, in words."""
+    return f"{NO_ADAPTER} (none)" + (f" to {count - 1}" if count else ", as there is no --lora,")
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

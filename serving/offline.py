@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from serving.adapters import Adapter
 from serving.engine import ServingEngine, Ticket
-from serving.jobs import Request
+from serving.jobs import NO_ADAPTER, Request
 from serving.opening import OpenedModel
 from serving.sequence import Update
 from serving.speculation import Speculation
@@ -69,6 +70,7 @@ class OfflineEngine:
         endings: Token ids that end an answer.
         max_sequences: Answers that are computed together.
         speculation: Guesses tokens, if anything does.
+        adapters: Of requests, by their numbers.
 
     Attributes:
         first_token: The moment of the first token of all, in seconds of ``time.perf_counter``; 0 before.
@@ -81,7 +83,9 @@ class OfflineEngine:
         endings: Iterable[int],
         max_sequences: int = MAX_SEQUENCES,
         speculation: Speculation | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> None:
+        self._adapters = adapters
         self._engine = ServingEngine(
             opened.decoder,
             tokenizer,
@@ -124,7 +128,10 @@ class OfflineEngine:
             if part is None:
                 return
             request, samples = part
-            ticket = self._engine.submit(request.ids, request.settings, len(samples), first=samples.start)
+            adapter = None if request.adapter == NO_ADAPTER else self._adapters[request.adapter]
+            ticket = self._engine.submit(
+                request.ids, request.settings, len(samples), first=samples.start, adapter=adapter
+            )
             answers = [Answer(request, sample, self) for sample in samples]
             self._answers_of[ticket] = answers
             self._ahead += answers

@@ -17,7 +17,7 @@ from tokenizer import Tokenizer, load_tokenizer
 from weight_loader import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
-    from engine import Engine
+    from engine import AdapterRoom, Engine
 
 PAGE_TOKENS = 64
 DEFAULT_CACHE = 1 << 30  # bytes of keys and values, where nothing is said
@@ -44,12 +44,14 @@ def open_model(
     cache_bytes: int | None,
     engines: EngineFolder | Path | None,
     report: Callable[[str], None],
+    room: AdapterRoom | None = None,
 ) -> OpenedModel:
     """The checkpoint's model over pages or, where NVIDIA's runtime runs it, over ``max_sequences`` rows, or as many as
     the memory of those pages would hold.
 
     Args:
         cache_bytes: For keys and values; at least a whole context's. None: 1 GiB, or what all sequences can fill.
+        room: For adapters.
 
     Raises:
         UsageError: ``cache_bytes`` is too small.
@@ -68,13 +70,13 @@ def open_model(
             f"expected --cache-memory to hold a whole context, {least * page_bytes / (1 << 20):.0f} MiB, but got "
             f"{(cache_bytes or 0) / (1 << 20):.0f} MiB"
         )
-    engine: Engine = open_engine(checkpoint, dtype, 1, engines, report)
+    engine: Engine = open_engine(checkpoint, dtype, 1, engines, report, room)
     decoder = engine.paged(PAGE_TOKENS, pages)
     if decoder is not None:
         return OpenedModel(decoder, True)
     from serving.slots import SlotDecoder
 
-    static = open_engine(checkpoint, dtype, min(max_sequences, pages // least), engines, report)
+    static = open_engine(checkpoint, dtype, min(max_sequences, pages // least), engines, report, room)
     return OpenedModel(SlotDecoder(static, config.vocab_size), False)
 
 

@@ -13,6 +13,7 @@ import bisect
 from dataclasses import dataclass
 
 from nvtripy_portable.pages import PagesExhausted
+from serving.adapters import AdapterSlots
 from serving.pages import SharedPages
 from serving.sequence import Sequence, State
 
@@ -47,14 +48,22 @@ class Scheduler:
         window: How many of them one sees; None: all.
         max_sequences: That run at the same time.
         max_tokens: Of a step; at least ``max_sequences``.
+        adapters: The decoder's slots.
 
     Attributes:
         preemptions: How often a sequence was put aside.
     """
 
     def __init__(
-        self, pages: SharedPages, context: int, window: int | None, max_sequences: int, max_tokens: int
+        self,
+        pages: SharedPages,
+        context: int,
+        window: int | None,
+        max_sequences: int,
+        max_tokens: int,
+        adapters: AdapterSlots,
     ) -> None:
+        self._adapters = adapters
         self.pages, self.context, self.window = pages, context, window
         self.max_sequences, self.max_tokens = max_sequences, max(max_tokens, max_sequences)
         self.waiting: list[Sequence] = []  # by their order
@@ -115,6 +124,7 @@ class Scheduler:
         kept = leader.pages[:full]
         self.pages.hold(page for page in kept if page >= 0)
         follower.pages, follower.computed = [*kept, *own], leader.computed
+        follower.slot = self._adapters.hold(follower.adapter) or 0  # the leader's, which has it
         follower.state = State.RUNNING
         bisect.insort(self.running, follower, key=_order)
         return list(zip(partial, own, strict=True))
@@ -160,9 +170,11 @@ class Scheduler:
         found = self.pages.find(sequence.keys[:shareable])
         last = sequence.length if self.window is None else min(sequence.length, len(found) * page_tokens + self.window)
         needed = self._pages_of(last) - len(found)
-        if needed > self.pages.available:
+        slot = self._adapters.hold(sequence.adapter) if needed <= self.pages.available else None
+        if slot is None:
             self.pages.release(found)
             return False
+        sequence.slot = slot
         if sequence.cached is None:
             sequence.cached = len(found) * page_tokens
             self.pages.count_query(len(sequence.prompt), sequence.cached)
@@ -207,6 +219,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pages.release([page for page in sequence.pages if page >= 0])
         sequence.pages, sequence.computed, sequence.drafted = [], 0, []
+        self._adapters.release(sequence.adapter)
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.pages.page_tokens)

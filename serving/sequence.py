@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from serving.adapters import Adapter
 from serving.drawing import Drawer, TokenScores
 from serving.settings import SamplingSettings
 from serving.text import AnswerText
@@ -59,6 +60,7 @@ class Sequence:
         prompt: The prompt's ids; ``generated``: the answer's.
         endings: Ids that end the answer.
         keys: What the prompt's full pages are known by.
+        adapter: That it has, if it has one; ``slot``: where the decoder has it while the sequence runs.
         pages: Where its tokens lie; -1 for one that was given back, as no token sees it any more.
         computed: How many tokens have their keys and values in the pages.
         drafted: Ids that are guessed to come next.
@@ -77,6 +79,8 @@ class Sequence:
     drawer: Drawer
     text: AnswerText
     keys: list[bytes] = field(default_factory=list)
+    adapter: Adapter | None = None
+    slot: int = 0
     state: State = State.WAITING
     generated: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)

@@ -28,11 +28,17 @@ class SlotDecoder:
         self.vocabulary = vocabulary
         self.window: int | None = None
         self.pool = PagePool(engine.batch)
+        self.slots = engine.room.count
+        self._chosen = [0] * engine.batch  # the adapter of each row
         self._lengths = np.zeros(engine.batch, np.int32)  # tokens of each row
 
     def copy(self, source: int, target: int) -> None:
         """Rows cannot be copied, and whoever does not share asks for no copies."""
         raise NotImplementedError("rows of a static batch cannot be copied")
+
+    def set_adapter(self, slot: int, matrices: Sequence[np.ndarray | None] | None) -> None:
+        """As ``Decoder.set_adapter``."""
+        self._engine.set_adapter(slot, matrices)
 
     def step(self, pieces: Sequence[Piece]) -> np.ndarray:
         """As ``Decoder.step``."""
@@ -41,6 +47,9 @@ class SlotDecoder:
                 self._lengths[row] = 0
         for piece in pieces:
             self._lengths[piece.pages[0]] = piece.position
+            self._chosen[piece.pages[0]] = piece.slot
+        if self.slots:
+            self._engine.choose(self._chosen)
         done = [0] * len(pieces)
         logits: dict[tuple[int, int], np.ndarray] = {}
         while spans := [

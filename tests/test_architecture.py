@@ -51,6 +51,7 @@ PROGRAMS = (
     "serving.scheduler",
     "serving.pages",
     "serving.sequence",
+    "serving.adapters",
     "serving.drawing",
     "serving.text",
     "serving.settings",
@@ -102,6 +103,10 @@ PROGRAMS = (
     "tokenizing.characters",
     "tokenizing.description",
     "tokenizing.added_tokens",
+    "adapters.lora",
+    "adapters.places",
+    "adapters.download",
+    "adapters.errors",
     "weight_loader",
     # Where from, container, family, numbers: a tensor goes down.
     "loading.checkpoint",
@@ -295,7 +300,7 @@ def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
 
 def test_every_module_has_its_place() -> None:
     """A new file has to be put somewhere in the order above before anything else can be said about it."""
-    packages = ("evaluation", "loading", "quantizing", "serving", "tokenizing", "training", "web")
+    packages = ("adapters", "evaluation", "loading", "quantizing", "serving", "tokenizing", "training", "web")
     files = [*ROOT.glob("*.py"), *(file for package in packages for file in (ROOT / package).rglob("*.py"))]
     assert {file for file in files if file.name != "__init__.py"} == set(map(program_file, PROGRAMS))
     assert {room_of(file) for file in portable_files()} == {*ROOMS, *DOOR}
