@@ -252,8 +252,8 @@ class Connections:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with connections that have bounds; and it ends by a signal like a program that has done its work, where
-    uvicorn's own would raise the signal again at the end."""
+    """uvicorn's, with connections that have bounds; and it ends by a signal like a program that has done its work,
+    where uvicorn's own would raise the signal again at the end."""
 
     def __init__(self, config: uvicorn.Config, patience: Patience) -> None:
         super().__init__(config)
@@ -283,8 +283,8 @@ class Server(uvicorn.Server):
 
 
 def connections_that_fit(wanted: int) -> int:
-    """How many connections the process can have open, at most ``wanted``, after its limit of descriptors has been raised
-    as far as it is necessary and allowed."""
+    """How many connections the process can have open, at most ``wanted``, after its limit of descriptors has been
+    raised as far as it is necessary and allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + _OTHERS + _TOGETHER
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,52 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from served import Server
 from tiny_checkpoints import CONTEXT, VOCABULARY, random_checkpoint
 
 openai = pytest.importorskip("openai", reason="openai is not installed (requirements/test.txt)")
-
-ROOT = Path(__file__).parents[2]
-
-
-class Server:
-    """A server's process, and where it listens."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "serve.py", f"--model-type={folder}", "--port=0", "--no-engine-cache", *options]
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(r"on (http://\S+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.lines))
-        threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()), daemon=True).start()
-        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
-        for _ in range(100):
-            try:
-                self.http.get("/health")
-                break
-            except httpx.ConnectError:
-                time.sleep(0.05)
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.http.post(path, json=body)
-
-    def metric(self, name: str) -> float:
-        for family in text_string_to_metric_families(self.http.get("/metrics").text):
-            for sample in family.samples:
-                if sample.name == f"nanogpt_tripy_{name}":
-                    return float(sample.value)
-        raise AssertionError(name)
-
-    def close(self) -> int:
-        self.http.close()
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
