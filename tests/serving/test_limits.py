@@ -146,8 +146,8 @@ def test_what_nobody_reads_is_kept_once() -> None:
 
 @pytest.mark.slow
 def test_clients_that_do_not_read_hold_nobody_up(folder: Path) -> None:
-    """Answers with many log-probabilities, of which nothing is read: they are computed and wait for their readers, while
-    others are served; and whoever reads at last has all of them."""
+    """Answers with many log-probabilities, of which nothing is read: they are computed and wait for their
+    readers, while others are served; and whoever reads at last has all of them."""
     server = Server(folder, "--max-num-seqs=8", "--max-queue=2000")
     body = {**STREAM, "n": 32, "logprobs": 200, "max_tokens": CONTEXT - 1}
     silent = []
