@@ -186,10 +186,19 @@ class ServingEngine:
                 f"{self.decoder.context + 1} together, the model's context and one more",
                 "prompt" if room < 0 else "max_tokens",
             )
+        endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
+        if (
+            settings.allowed_token_ids is not None
+            and settings.min_tokens > 0
+            and endings.issuperset(settings.allowed_token_ids)
+        ):
+            raise RequestError(
+                f"expected allowed_token_ids to have ids that end nothing, for the first {settings.min_tokens} tokens",
+                "allowed_token_ids",
+            )
         ticket = Ticket()
         number = next(self._numbers)
         keys = self.pages.keys(prompt, salt)
-        endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
         for choice in range(choices):
             drawer = Drawer(settings, choice, prompt, endings)
             text = AnswerText(self.tokenizer, settings.stop, settings.include_stop)

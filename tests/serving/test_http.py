@@ -124,6 +124,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "temperature": ({"prompt": "a", "temperature": -1}, "temperature"),
     "bias of nothing": ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     "bias beyond": ({"prompt": "a", "logit_bias": {str(VOCABULARY): 1}}, "logit_bias"),
+    "bias of no number": ({"prompt": "a", "logit_bias": {"1_0": 1}}, "logit_bias"),
+    "nothing allowed": ({"prompt": "a", "allowed_token_ids": [256], "min_tokens": 1}, "allowed_token_ids"),
+    "penalty beyond": ({"prompt": "a", "repetition_penalty": 1e-30}, "repetition_penalty"),
     "ids beyond": ({"prompt": [VOCABULARY]}, "prompt"),
     "mixed": ({"prompt": ["a", 3]}, "prompt"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix"),
@@ -154,7 +157,8 @@ def test_small_endpoints(server: Server) -> None:
     ids = server.post("/tokenize", prompt="Hé").json()
     assert ids["tokens"] == [*"Hé".encode()] and ids["count"] == 3
     assert server.post("/detokenize", tokens=ids["tokens"]).json() == {"prompt": "Hé"}
-    assert server.http.get("/tokenizer_info").json()["vocab_size"] == VOCABULARY
+    info = server.http.get("/tokenizer_info").json()
+    assert info["vocab_size"] == VOCABULARY and info["chat_template"].startswith("{% for m in messages %}")
     assert set(server.http.get("/openapi.json").json()["paths"]) >= {"/v1/completions", "/health"}
     assert "NanoGPT" in server.http.get("/").text
     assert server.http.get("/version").json()["version"]
