@@ -3,6 +3,7 @@ alone, to the last bit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "float16": {},
     "int8": {"mode": "int8-weight-only"},
     "int4": {"method": "rtn", "bits": 4, "group_size": 32},
-    "fp8": {"mode": "fp8"},
 }
 CACHES = ("float16", "int8", "fp8")
 CASES = [(family, width, cache) for family in FAMILIES for width in WIDTHS for cache in CACHES]
@@ -127,26 +127,57 @@ def request(random: np.random.Generator, number: int) -> Request:
     )
 
 
-class Served:
-    """A model, the one that guesses for it, and a tokenizer of bytes."""
+@dataclass(frozen=True)
+class Family:
+    """A random model, and one that guesses for it: with weights of its own, though close enough to be right now and
+    then."""
 
-    def __init__(self, folder: Path, family: str, width: str, cache: str) -> None:
-        name, sizes = FAMILIES[family]
-        model = random_model(name, n_positions=CONTEXT, **sizes) if "gpt" in name else random_model(name, **sizes)
-        model.save_pretrained(folder / "plain")
-        with torch.no_grad():  # weights of its own, though close enough to be right now and then
-            for parameter in model.parameters():
-                parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-        model.save_pretrained(folder / "draft")
-        self.draft = _engine(folder / "draft")
-        served = folder / "plain"
+    folder: Path
+    draft: Engine
+    tokenizer: Tokenizer
+
+
+class Families:
+    """Those that were asked for, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[str, Family] = {}
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in self._made:
+            kind, sizes = FAMILIES[name]
+            folder, draft, tokenizer = (self._folder / name / part for part in ("plain", "draft", "tokenizer"))
+            model = random_model(kind, n_positions=CONTEXT, **sizes) if "gpt" in kind else random_model(kind, **sizes)
+            model.save_pretrained(folder)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+            model.save_pretrained(draft)
+            self._made[name] = Family(folder, _engine(draft), load_tokenizer(random_checkpoint(tokenizer), 257))
+        return self._made[name]
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Families]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other where models are as small as these
+    yield Families(tmp_path_factory.mktemp("families"))
+    torch.set_num_threads(threads)
+
+
+class Served:
+    """A family's model in some width and cache."""
+
+    def __init__(self, folder: Path, family: Family, width: str, cache: str) -> None:
+        self.draft, self.tokenizer = family.draft, family.tokenizer
+        served = family.folder
         how = WIDTHS[width] | ({} if cache == "float16" else {"kv_cache_dtype": cache})
         if how:
-            served, config, quantized = folder / "served", QuantizationConfig(**how), load_torch_model(folder / "plain")
-            quantize_model(quantized, config, SAMPLES)
-            export(quantized, served, config)
+            config, model, served = QuantizationConfig(**how), load_torch_model(family.folder), folder / "served"
+            quantize_model(model, config, SAMPLES)
+            export(model, served, config)
         self.engine = _engine(served)
-        self.tokenizer: Tokenizer = load_tokenizer(random_checkpoint(folder / "tokenizer"), 257)
 
     def alone(self, asked: Request) -> list[tuple[Any, ...]]:
         bench = Bench(self.engine.paged(PAGE, 30), self.tokenizer, frozenset({EOS}), sharing=False)
@@ -183,8 +214,10 @@ def _engine(folder: Path) -> Engine:
 
 
 @pytest.mark.parametrize(("family", "width", "cache"), partly_slow(CASES, QUICK))
-def test_a_request_gets_what_it_gets_alone(tmp_path: Path, family: str, width: str, cache: str) -> None:
-    served = Served(tmp_path, family, width, cache)
+def test_a_request_gets_what_it_gets_alone(
+    tmp_path: Path, families: Families, family: str, width: str, cache: str
+) -> None:
+    served = Served(tmp_path, families[family], width, cache)
     random = np.random.default_rng(CASES.index((family, width, cache)))
     preempted = drafted = accepted = hit = 0
     for load in LOADS:
