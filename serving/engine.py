@@ -75,6 +75,7 @@ class Counters:
     """What an engine has done since it began, for metrics."""
 
     steps: int = 0
+    accepted: int = 0  # answers
     prompt_tokens: int = 0
     generated_tokens: int = 0
     drafted_tokens: int = 0
@@ -257,6 +258,7 @@ class ServingEngine:
     def _accept(self, ticket: Ticket) -> None:
         with self._wake:
             self._incoming -= len(ticket.sequences)
+        self.counters.accepted += len(ticket.sequences)
         leader, *followers = [each for each in ticket.sequences if each.state is not State.FINISHED]
         for sequence in ticket.sequences:
             self._ticket_of[sequence] = ticket

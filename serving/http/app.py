@@ -177,5 +177,6 @@ async def _openapi(service: Service, request: Request) -> Response:
 
 async def _page(service: Service, request: Request) -> Response:
     return HTMLResponse(
-        _PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"}
+        _PAGE.read_text(encoding="utf-8"),
+        headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:"},
     )
