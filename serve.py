@@ -135,6 +135,7 @@ def check_packages() -> None:
         UsageError: one is not.
     """
     try:
+        import httptools
         import jinja2
         import msgspec
         import prometheus_client
@@ -144,7 +145,7 @@ def check_packages() -> None:
         raise UsageError(
             f"serving needs the packages of {REQUIREMENTS} ({error}): pip install -r {REQUIREMENTS}"
         ) from None
-    del jinja2, msgspec, prometheus_client, starlette, uvicorn
+    del httptools, jinja2, msgspec, prometheus_client, starlette, uvicorn
 
 
 def run(options: argparse.Namespace) -> None:

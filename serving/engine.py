@@ -80,6 +80,7 @@ class Counters:
     """What an engine has done since it began, for metrics."""
 
     steps: int = 0
+    accepted: int = 0  # answers
     prompt_tokens: int = 0
     generated_tokens: int = 0
     drafted_tokens: int = 0
@@ -197,10 +198,19 @@ class ServingEngine:
                 f"{self.decoder.context + 1} together, the model's context and one more",
                 "prompt" if room < 0 else "max_tokens",
             )
+        endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
+        if (
+            settings.allowed_token_ids is not None
+            and settings.min_tokens > 0
+            and endings.issuperset(settings.allowed_token_ids)
+        ):
+            raise RequestError(
+                f"expected allowed_token_ids to have ids that end nothing, for the first {settings.min_tokens} tokens",
+                "allowed_token_ids",
+            )
         ticket = Ticket()
         number = next(self._numbers)
         keys = self.pages.keys(prompt, salt if adapter is None else adapter.salted(salt))
-        endings = frozenset(settings.stop_token_ids) | (frozenset() if settings.ignore_eos else self.endings)
         for choice in range(choices):
             drawer = Drawer(settings, first + choice, prompt, endings)
             text = AnswerText(self.tokenizer, settings.stop, settings.include_stop)
@@ -260,6 +270,7 @@ class ServingEngine:
     def _accept(self, ticket: Ticket) -> None:
         with self._wake:
             self._incoming -= len(ticket.sequences)
+        self.counters.accepted += len(ticket.sequences)
         leader, *followers = [each for each in ticket.sequences if each.state is not State.FINISHED]
         for sequence in ticket.sequences:
             self._ticket_of[sequence] = ticket

@@ -94,11 +94,10 @@ class Scheduler:
         for sequence in [each for each in self.running if not each.is_decoding]:
             if budget > 0 and sequence.state is State.RUNNING:
                 budget -= self._continues(sequence, budget, work)
-        # Whoever was put aside just now is not taken back at once.
-        has_room = self.preemptions == preemptions
-        while self.waiting and has_room and budget > 0 and len(self.running) < self.max_sequences:
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            if not self._admit(sequence):
+            # Whoever was put aside just now is not taken back at once.
+            if self.preemptions > preemptions or not self._admit(sequence):
                 break
             budget -= self._continues(sequence, budget, work)
         # Whoever was put aside while others were given pages has no work any more.
@@ -153,6 +152,11 @@ class Scheduler:
         end = sequence.length if is_generated else len(sequence.prompt)
         scored = sequence.scores_prompt
         end = min(end, start + (min(budget, SCORED_TOKENS) if scored else budget))
+        # Where tokens see a window only, a sequence was admitted with pages for that alone: its pieces are as long as
+        # there are pages, and one token long where others have to be put aside for it.
+        self._give_back(sequence)
+        room = (len(sequence.pages) + self.pages.available) * self.pages.page_tokens
+        end = min(end, max(room, start + 1))
         if not self._hold(sequence, end):
             return 0
         ahead = len(sequence.prompt)

@@ -49,6 +49,17 @@ class Update:
     cause: Exception | None = None
     cached: int = 0
 
+    def add(self, later: Update) -> None:
+        """Becomes what both have brought, one after the other."""
+        self.text += later.text
+        self.ids += later.ids
+        self.offsets += later.offsets
+        self.scores += later.scores
+        self.prompt_scores = self.prompt_scores or later.prompt_scores
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.error = self.error or later.error
+        self.cached = max(self.cached, later.cached)
+
 
 @dataclass(eq=False)
 class Sequence:

@@ -76,7 +76,7 @@ class SamplingSettings:
         _within("top_k", self.top_k, 1, None)
         _within("top_p", self.top_p, 0, 1, above=True)
         _within("min_p", self.min_p, 0, 1)
-        _within("repetition_penalty", self.repetition_penalty, 0, 1e4, above=True)
+        _within("repetition_penalty", self.repetition_penalty, 1e-4, 1e4)  # logits stay finite
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("max_tokens", self.max_tokens, 0, None)

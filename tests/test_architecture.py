@@ -29,6 +29,7 @@ PROGRAMS = (
     "serving.http.answering",
     "serving.http.service",
     "serving.http.limits",
+    "serving.http.connections",
     "serving.http.metrics",
     "serving.http.bridge",
     "serving.http.errors",

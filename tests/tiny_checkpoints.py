@@ -115,9 +115,10 @@ def byte_vocabulary() -> dict[str, int]:
 def _byte_tokenizer() -> dict[str, Any]:
     """A byte-level BPE without merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    how = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": EOS, "content": "<|endoftext|>", "special": True, "normalized": False}],
+        "added_tokens": [{"id": EOS, "content": "<|endoftext|>", **how}],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,

@@ -38,16 +38,6 @@ class Answer:
     choice: int
     update: Update = field(default_factory=lambda: Update(0))
 
-    def add(self, update: Update) -> None:
-        """Takes in what a step has brought."""
-        mine = self.update
-        mine.text += update.text
-        for name in ("ids", "offsets", "scores"):
-            getattr(mine, name).extend(getattr(update, name))
-        mine.prompt_scores = mine.prompt_scores or update.prompt_scores
-        mine.cached = max(mine.cached, update.cached)
-        mine.finish_reason, mine.stop_reason = update.finish_reason, update.stop_reason
-
     @property
     def mean_logprob(self) -> float:
         """By which the best of several is found."""
@@ -120,11 +110,11 @@ async def _events(
         some: list[tuple[int, Update]] | None = first
         while some is not None:
             events: list[bytes] = []
-            for number, update in _merged(some):
+            for number, update in some:
                 if update.error is not None:
                     yield b"".join(events) + _event(error_body(500, update.error))
                     return
-                answers[number].add(update)
+                answers[number].update.add(update)
                 if opening is not None and number not in opened:
                     opened.add(number)
                     events.append(_event(opening(number)))
@@ -138,21 +128,6 @@ async def _events(
         yield b"data: [DONE]\n\n"
     finally:
         await updates.aclose()  # type: ignore[attr-defined]
-
-
-def _merged(some: list[tuple[int, Update]]) -> list[tuple[int, Update]]:
-    """One update for each answer: where the client reads slowly, several have come of one."""
-    merged: dict[int, Answer] = {}
-    errors: dict[int, str] = {}
-    if len({number for number, _ in some}) == len(some):
-        return some
-    for number, update in some:
-        merged.setdefault(number, Answer(0)).add(update)
-        if update.error is not None:
-            errors[number] = update.error
-    for number, error in errors.items():
-        merged[number].update.error = error
-    return [(number, each.update) for number, each in merged.items()]
 
 
 def _event(content: object) -> bytes:
@@ -174,7 +149,7 @@ async def _collect(service: Service, plan: Plan) -> list[Answer]:
             for number, update in some:
                 if update.error is not None:
                     raise ApiError(500, update.error)
-                answers[number].add(update)
+                answers[number].update.add(update)
     finally:
         await updates.aclose()  # type: ignore[attr-defined]
     return answers

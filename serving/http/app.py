@@ -21,7 +21,18 @@ from serving.http.completions import create_completion
 from serving.http.errors import ApiError, decoded, error_response
 from serving.http.limits import ApiKey, BodyLimit
 from serving.http.openapi import document
-from serving.http.schemas import DetokenizeRequest, TokenizeRequest
+from serving.http.schemas import (
+    DetokenizeRequest,
+    Health,
+    ModelCard,
+    ModelList,
+    ModelMeta,
+    Text,
+    TokenizeRequest,
+    TokenizerInfo,
+    Tokens,
+    Version,
+)
 from serving.http.service import Service
 
 STUCK_SECONDS = 60.0  # of one step: then something is wrong
@@ -95,20 +106,14 @@ def _json(content: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-def _card(service: Service) -> dict[str, object]:
+def _card(service: Service) -> ModelCard:
     decoder = service.engine.decoder
-    return {
-        "id": service.name,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "nanogpt-tripy",
-        "max_model_len": decoder.context,
-        "meta": {"n_vocab": decoder.vocabulary, "n_ctx_train": decoder.context},
-    }
+    meta = ModelMeta(decoder.vocabulary, decoder.context)
+    return ModelCard(id=service.name, created=service.started, max_model_len=decoder.context, meta=meta)
 
 
 async def _models(service: Service, request: Request) -> Response:
-    return _json({"object": "list", "data": [_card(service)]})
+    return _json(ModelList(data=[_card(service)]))
 
 
 async def _model(service: Service, request: Request) -> Response:
@@ -124,30 +129,28 @@ async def _tokenize(service: Service, request: Request) -> Response:
     if not asked.add_special_tokens and prefix and ids[: len(prefix)] == prefix:
         ids = ids[len(prefix) :]
     strings = [service.token_text(id) for id in ids] if asked.return_token_strs else None
-    answer = {"count": len(ids), "max_model_len": service.engine.decoder.context, "tokens": ids, "token_strs": strings}
-    return _json(answer)
+    context = service.engine.decoder.context
+    return _json(Tokens(count=len(ids), max_model_len=context, tokens=ids, token_strs=strings))
 
 
 async def _detokenize(service: Service, request: Request) -> Response:
     asked = decoded(await request.body(), DetokenizeRequest)
     service.check_model(asked.model)
-    if any(id < 0 for id in asked.tokens):
-        raise ApiError(400, "expected token ids to be at least 0", "tokens")
-    return _json({"prompt": service.tokenizer.decode(asked.tokens)})
+    return _json(Text(service.tokenizer.decode(asked.tokens)))
 
 
 async def _tokenizer_info(service: Service, request: Request) -> Response:
     eos = service.tokenizer.eos_id
     template = getattr(service.chat_template, "source", None)
     return _json(
-        {
-            "tokenizer_class": type(service.tokenizer).__name__,
-            "vocab_size": service.engine.decoder.vocabulary,
-            "eos_token_id": eos,
-            "eos_token": None if eos is None else service.token_text(eos),
-            "bos_token": "".join(service.token_text(id) for id in service.tokenizer.prefix) or None,
-            "chat_template": template,
-        }
+        TokenizerInfo(
+            tokenizer_class=type(service.tokenizer).__name__,
+            vocab_size=service.engine.decoder.vocabulary,
+            eos_token_id=eos,
+            eos_token=None if eos is None else service.token_text(eos),
+            bos_token="".join(service.token_text(id) for id in service.tokenizer.prefix) or None,
+            chat_template=template,
+        )
     )
 
 
@@ -157,7 +160,7 @@ async def _health(service: Service, request: Request) -> Response:
         return error_response(
             503, "the engine has ended" if stuck == float("inf") else f"a step has taken {stuck:.0f} s"
         )
-    return _json({"status": "ok"})
+    return _json(Health())
 
 
 async def _metrics(service: Service, request: Request) -> Response:
@@ -165,7 +168,7 @@ async def _metrics(service: Service, request: Request) -> Response:
 
 
 async def _version(service: Service, request: Request) -> Response:
-    return _json({"version": metadata.version("nvtripy-portable")})
+    return _json(Version(metadata.version("nvtripy-portable")))
 
 
 async def _openapi(service: Service, request: Request) -> Response:
@@ -174,5 +177,6 @@ async def _openapi(service: Service, request: Request) -> Response:
 
 async def _page(service: Service, request: Request) -> Response:
     return HTMLResponse(
-        _PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"}
+        _PAGE.read_text(encoding="utf-8"),
+        headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:"},
     )

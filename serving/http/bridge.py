@@ -11,22 +11,26 @@ from serving.settings import SamplingSettings
 
 
 class Answers:
-    """What comes in of the prompts of one HTTP request."""
+    """What comes in of the prompts of one HTTP request. What nobody has taken yet is one update for each answer,
+    however long its client takes to read what came before."""
 
     def __init__(self) -> None:
-        self._updates: list[tuple[int, Update]] = []
+        self._updates: dict[int, Update] = {}
         self._has_some = asyncio.Event()
 
     def add(self, number: int, update: Update) -> None:
-        self._updates.append((number, update))
+        if number in self._updates:
+            self._updates[number].add(update)
+        else:
+            self._updates[number] = update
         self._has_some.set()
 
     async def some(self) -> list[tuple[int, Update]]:
-        """What has come since the last time; at least one."""
+        """What has come since the last time; at least one, and one for each answer at most."""
         await self._has_some.wait()
         self._has_some.clear()
-        updates, self._updates = self._updates, []
-        return updates
+        updates, self._updates = self._updates, {}
+        return list(updates.items())
 
 
 class Bridge:

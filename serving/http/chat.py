@@ -55,6 +55,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
         self._template, self._tokens = environment.from_string(source), tokens
+        self.source = source
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation.

@@ -81,6 +81,7 @@ class _OfEngine(Collector):
             "prefix_cache_queries": ("Tokens of prompts that were looked for in pages", pages.queried),
             "prefix_cache_hits": ("Tokens of prompts that were found in pages", pages.hit),
             "num_preemptions": ("Times that a sequence was put aside", engine.scheduler.preemptions),
+            "request_accepted": ("Answers that were asked for and not refused", counters.accepted),
             "prompt_tokens": ("Tokens of prompts that were computed", counters.prompt_tokens),
             "generation_tokens": ("Tokens that were generated", counters.generated_tokens),
             "spec_decode_num_draft_tokens": ("Tokens that were guessed", counters.drafted_tokens),

@@ -3,59 +3,81 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from serving.http import schemas
 
-_ANSWERS: dict[str, Any] = {
-    "/v1/completions": (schemas.CompletionRequest, schemas.Completion, "Continue texts"),
-    "/v1/chat/completions": (schemas.ChatRequest, schemas.ChatCompletion, "Continue conversations"),
-    "/tokenize": (schemas.TokenizeRequest, None, "The token ids of a text"),
-    "/detokenize": (schemas.DetokenizeRequest, None, "The text of token ids"),
-}
-_READ = {
-    "/v1/models": "The model that is served",
-    "/health": "Whether the engine runs",
-    "/metrics": "Numbers for Prometheus",
-    "/version": "The version",
-    "/tokenizer_info": "What the tokenizer is",
-    "/openapi.json": "This document",
+
+@dataclass(frozen=True)
+class _Operation:
+    """What can be asked at a path.
+
+    Attributes:
+        what: It does.
+        answer: Its type; None: text.
+        asked: The type of the request's body; None: it has none, and is a GET.
+        chunk: The type of an event's data, where the answer can be a stream.
+        errors: Statuses of answers that are none, beside those that any request may get.
+    """
+
+    what: str
+    answer: Any = None
+    asked: Any = None
+    chunk: Any = None
+    errors: tuple[int, ...] = ()
+
+
+_ANY_ERROR = (401, 408, 413, 503)  # no key, too slow, too large, too busy
+_OPERATIONS = {
+    "/v1/completions": _Operation(
+        "Continue texts", schemas.Completion, schemas.CompletionRequest, schemas.Completion, (400, 404, 429, 500)
+    ),
+    "/v1/chat/completions": _Operation(
+        "Continue conversations", schemas.ChatCompletion, schemas.ChatRequest, schemas.ChatChunk, (400, 404, 429, 500)
+    ),
+    "/tokenize": _Operation("The token ids of a text", schemas.Tokens, schemas.TokenizeRequest, errors=(400, 404)),
+    "/detokenize": _Operation("The text of token ids", schemas.Text, schemas.DetokenizeRequest, errors=(400, 404)),
+    "/v1/models": _Operation("The model that is served", schemas.ModelList),
+    "/v1/models/{model}": _Operation("The same by its name", schemas.ModelCard, errors=(404,)),
+    "/health": _Operation("Whether the engine runs", schemas.Health),
+    "/metrics": _Operation("Numbers for Prometheus"),
+    "/version": _Operation("The version", schemas.Version),
+    "/tokenizer_info": _Operation("What the tokenizer is", schemas.TokenizerInfo),
+    "/openapi.json": _Operation("This document", dict[str, Any]),
 }
 
 
 @functools.cache
 def document() -> dict[str, Any]:
     """The description of the API, OpenAPI 3.1."""
-    types = [kind for request, answer, _ in _ANSWERS.values() for kind in (request, answer) if kind is not None]
-    shapes, components = msgspec.json.schema_components(
-        [*types, schemas.ErrorBody], ref_template="#/components/schemas/{name}"
-    )
-    shape_of = dict(zip([*types, schemas.ErrorBody], shapes, strict=True))
-    refusal = {
-        "description": "What was wrong",
-        "content": {"application/json": {"schema": shape_of[schemas.ErrorBody]}},
-    }
-    errors = dict.fromkeys(("400", "401", "404", "408", "413", "422", "429", "503"), refusal)
+    types = [schemas.ErrorBody]
+    for each in _OPERATIONS.values():
+        types += [kind for kind in (each.answer, each.asked, each.chunk) if kind is not None and kind not in types]
+    shapes, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    shape_of = dict(zip(map(str, types), shapes, strict=True))
+
+    def json_of(kind: Any) -> dict[str, Any]:
+        return {"application/json": {"schema": shape_of[str(kind)]}}
+
+    refusal = {"description": "What was wrong", "content": json_of(schemas.ErrorBody)}
     paths: dict[str, Any] = {}
-    for path, (request, answer, what) in _ANSWERS.items():
-        content: dict[str, Any] = {"application/json": {"schema": shape_of[answer] if answer else {"type": "object"}}}
-        if answer is not None:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
-        body = {"required": True, "content": {"application/json": {"schema": shape_of[request]}}}
-        paths[path] = {
-            "post": {
-                "summary": what,
-                "requestBody": body,
-                "responses": {"200": {"description": what, "content": content}, **errors},
-            }
-        }
-    for path, what in _READ.items():
-        kind = "text/plain" if path == "/metrics" else "application/json"
-        paths[path] = {
-            "get": {"summary": what, "responses": {"200": {"description": what, "content": {kind: {}}}, **errors}}
-        }
+    for path, each in _OPERATIONS.items():
+        content: dict[str, Any] = {"text/plain": {}} if each.answer is None else json_of(each.answer)
+        if each.chunk is not None:
+            name = each.chunk.__name__
+            data = {"type": "string", "description": f"a {name}, an ErrorBody or, at the end, [DONE]"}
+            content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": data}}}
+        answers: dict[str, Any] = {"200": {"description": each.what, "content": content}}
+        answers |= {str(status): refusal for status in sorted((*_ANY_ERROR, *each.errors))}
+        operation: dict[str, Any] = {"summary": each.what, "responses": answers}
+        if each.asked is not None:
+            operation["requestBody"] = {"required": True, "content": json_of(each.asked)}
+        if "{model}" in path:
+            operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+        paths[path] = {"get" if each.asked is None else "post": operation}
     return {
         "openapi": "3.1.0",
         "info": {"title": "NanoGPT on Tripy", "version": "1", "description": "OpenAI's completions API."},

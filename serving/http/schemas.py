@@ -96,8 +96,71 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """``POST /detokenize``."""
 
-    tokens: list[int]
+    tokens: list[Count]
     model: str | None = None
+
+
+class Tokens(Struct, kw_only=True):
+    """A text's token ids, and what each is, where that was asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(Struct):
+    """The text of token ids."""
+
+    prompt: str
+
+
+class ModelMeta(Struct):
+    """Sizes of a model."""
+
+    n_vocab: int
+    n_ctx_train: int
+
+
+class ModelCard(Struct, kw_only=True):
+    """A model that is served."""
+
+    id: str
+    created: int
+    max_model_len: int
+    meta: ModelMeta
+    object: Literal["model"] = "model"
+    owned_by: str = "nanogpt-tripy"
+
+
+class ModelList(Struct, kw_only=True):
+    """All that are: one."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class TokenizerInfo(Struct, kw_only=True):
+    """What the tokenizer is."""
+
+    tokenizer_class: str
+    vocab_size: int
+    eos_token_id: int | None
+    eos_token: str | None
+    bos_token: str | None
+    chat_template: str | None
+
+
+class Health(Struct):
+    """The engine runs."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(Struct):
+    """Of the portable runtime, and so of all of this."""
+
+    version: str
 
 
 class Logprobs(Struct):

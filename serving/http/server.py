@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 
 import uvicorn
 
+import command_line
 from command_line import UsageError
 from serving.http.app import Limits, build_app
+from serving.http.connections import Patience, Server, connections_that_fit
 from serving.http.service import Service
 
 _KEEP_ALIVE = 5  # seconds that an idle connection may stay
-_HEADER_BYTES = 32 << 10
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,32 +47,25 @@ def serve(service: Service, listener: socket.socket, key: str | None, options: a
     config = uvicorn.Config(
         app,
         log_config=None,
+        log_level="error",  # what clients send wrongly is told to them, and fills no logs
         access_log=False,
         server_header=False,
-        limit_concurrency=options.max_connections,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(options.shutdown_timeout, 1),
-        h11_max_incomplete_event_size=_HEADER_BYTES,
         ws="none",
     )
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    server = _Server(config)
+    connections = connections_that_fit(options.max_connections)
+    if connections < options.max_connections:
+        command_line.report(f"serve.py: the system lets this process have {connections} connections (ulimit -n)")
+    server = Server(config, Patience(connections))
     asyncio.run(_until_signalled(server, listener))
     service.engine.stop(drain=0.0)
 
 
-class _Server(uvicorn.Server):
-    """Ends by a signal like a program that has done its work: uvicorn's own would raise the signal again at the end."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to :func:`_until_signalled`."""
-        yield
-
-
-async def _until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
+async def _until_signalled(server: Server, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _end, server)

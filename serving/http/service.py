@@ -106,7 +106,6 @@ class Service:
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(id): bias for id, bias in given.items()}
-    except ValueError:
-        raise ApiError(400, "expected the keys of logit_bias to be token ids", "logit_bias") from None
+    if not all(id.isascii() and id.isdigit() and len(id) < 10 for id in given):
+        raise ApiError(400, "expected the keys of logit_bias to be token ids", "logit_bias")
+    return {int(id): bias for id, bias in given.items()}
