@@ -378,7 +378,7 @@ def answer_file(jobs: JobFile, model: Model, options: argparse.Namespace) -> Non
     from serving.results import open_results, results_of
 
     identity = {"model": model.checkpoint.fingerprint(), "endings": list(model.config.eos_token_ids)}
-    identity["dtype"] = options.dtype
+    identity |= {"dtype": options.dtype, "adapters": [each.digest for each in model.loras]}
     offline = open_offline(jobs, model, options)
     results = open_results(options.output, jobs, identity, options.has_seed)
     with progress(jobs.count, "prompt", initial=results.done) as bar:

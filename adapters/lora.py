@@ -7,6 +7,7 @@ weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is re
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -87,6 +88,14 @@ class Lora:
     def ranks(self) -> tuple[int, ...]:
         """For each of ``LINEARS``; 0 where it is left as it is."""
         return tuple(0 if pair is None else pair[0].shape[1] for pair in self.matrices)
+
+    @property
+    def digest(self) -> str:
+        """A hexadecimal hash of its numbers."""
+        digest = hashlib.sha256()
+        for matrix in self.tables((1,) * len(LINEARS)):
+            digest.update(b"" if matrix is None else repr(matrix.shape).encode() + matrix.tobytes())
+        return digest.hexdigest()
 
     def tables(self, ranks: Sequence[int]) -> list[np.ndarray | None]:
         """What an engine with room for these ranks takes: of each of ``LINEARS`` that has one, the ways down and up."""

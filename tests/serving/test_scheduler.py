@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nvtripy_portable.pages import PagePool
+from serving.adapters import AdapterSlots
 from serving.pages import SharedPages
 from serving.scheduler import Scheduler
 from serving.sequence import Sequence
@@ -25,7 +27,8 @@ def sequence(number: int, length: int) -> Sequence:
 @pytest.mark.parametrize("budget", [3, 16, 512])
 def test_prompts_longer_than_a_window_need_no_more_pages_than_there_are(window: int | None, budget: int) -> None:
     """A step ends, each brings some prompt further, and nobody is admitted only to be put aside at once."""
-    scheduler = Scheduler(SharedPages(PagePool(7), PAGE, False), 48, window, 8, budget)
+    no_slots = AdapterSlots(SimpleNamespace(slots=0))
+    scheduler = Scheduler(SharedPages(PagePool(7), PAGE, False), 48, window, 8, budget, no_slots)
     waiting = [sequence(number, 40) for number in range(5)]
     for each in waiting:
         scheduler.add(each)
