@@ -31,9 +31,12 @@ from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
+    from engine import AdapterRoom
+    from serving.http.adapters import AdapterNames
     from serving.http.service import Service
 
 PORT = 8000
+USUAL_RANK = 16  # of adapters that nobody has seen yet
 REQUIREMENTS = "requirements/serve.txt"
 
 
@@ -89,6 +92,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     engine.add_argument(
         "--speculate", metavar="prompt-lookup|NAME", help="guess tokens by lookup in the text, or by a smaller model"
     )
+    adapters = parser.add_argument_group("adapters (LoRA)")
+    adapters.add_argument(
+        "--lora-modules", metavar="NAME=DIR", nargs="+", default=[], help="that requests may have, by these names"
+    )
+    adapters.add_argument(
+        "--lora-dir", metavar="DIR", type=command_line.path, help="clients may have adapters loaded that lie in it"
+    )
+    adapters.add_argument(
+        "--max-loras", metavar="N", type=int, default=8, help="in use at the same time (default %(default)s)"
+    )
+    adapters.add_argument("--max-cpu-loras", metavar="N", type=int, default=64, help="in memory (default %(default)s)")
+    adapters.add_argument(
+        "--max-lora-rank", metavar="N", type=int, help="of those that are loaded later (default: 16, or what is needed)"
+    )
     engine.add_argument("--threads", metavar="N", type=int, help="of the runtime (default: the cores that it may use)")
     quantization.add_arguments(parser.add_argument_group("quantization"))
     command_line.add_engine_arguments(parser)
@@ -105,8 +122,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         max_step_tokens=(1, 1 << 16),
         cache_memory=(1, 1 << 24),
         threads=(1, command_line.MAX_THREADS),
+        max_loras=(1, 256),
+        max_cpu_loras=(1, 1 << 16),
+        max_lora_rank=(1, 256),
     )
+    options.lora_modules = [_named_folder(each) for each in options.lora_modules]
+    names = [name for name, _ in options.lora_modules]
+    for name in names:
+        if names.count(name) > 1 or name == options.served_model_name:
+            raise UsageError(f"expected --lora-modules to have names of their own but {name!r} is there twice")
+    if len(names) > options.max_cpu_loras:
+        raise UsageError(
+            f"expected at most {options.max_cpu_loras} --lora-modules (--max-cpu-loras) but got {len(names)}"
+        )
+    if options.lora_dir is not None and not options.lora_dir.is_dir():
+        raise UsageError(f"expected --lora-dir to be a folder but got {options.lora_dir}")
     return options
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, found, folder = text.partition("=")
+    if not (name and found and folder):
+        raise UsageError(f"expected --lora-modules to be NAME=DIR but got {text!r}")
+    return name, folder
 
 
 def api_key(options: argparse.Namespace) -> str | None:
@@ -178,6 +216,7 @@ def build_service(options: argparse.Namespace) -> Service:
     tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
     template = _template(options, checkpoint)
     draft = open_draft(options.speculate, checkpoint, tokenizer)
+    adapters, room = _adapters(options, checkpoint)
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
     if options.threads is not None:
@@ -185,7 +224,9 @@ def build_service(options: argparse.Namespace) -> Service:
     engines = engine_cache.chosen(options, lambda message: command_line.report(f"serve.py: {message}"))
     cache_bytes = None if options.cache_memory is None else options.cache_memory << 20
     try:
-        opened = open_model(checkpoint, options.dtype, options.max_num_seqs, cache_bytes, engines, command_line.report)
+        opened = open_model(
+            checkpoint, options.dtype, options.max_num_seqs, cache_bytes, engines, command_line.report, room
+        )
         speculation = open_speculation(options.speculate, draft, options.dtype, engines, command_line.report)
     except EngineError as error:
         raise UsageError(str(error)) from None
@@ -204,9 +245,37 @@ def build_service(options: argparse.Namespace) -> Service:
         speculation=speculation,
     )
     name = options.served_model_name or _name(options)
-    service = Service(engine, tokenizer, bridge, Metrics(engine), name, template)
+    service = Service(engine, tokenizer, bridge, Metrics(engine), name, template, adapters)
     bridge.observe = service.metrics.observe
     return service
+
+
+def _adapters(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[AdapterNames | None, AdapterRoom | None]:
+    """The adapters that there are from the start, and the room for them and for those that may come.
+
+    Raises:
+        AdapterError: one cannot be used.
+    """
+    from adapters.lora import locate_lora, read_lora
+    from adapters.places import Described, ranks_for
+    from engine import AdapterRoom, room_of
+    from serving.http.adapters import AdapterNames
+
+    folders = [(name, locate_lora(folder)) for name, folder in options.lora_modules]
+    if not folders and options.lora_dir is None:
+        return None, None
+    base = Described(checkpoint.path, checkpoint.config, checkpoint.layout)
+    room = room_of([read_lora(folder, base) for _, folder in folders]) if folders else AdapterRoom(0, (0, 0, 0, 0))
+    count, ranks = min(len(folders), options.max_loras), room.ranks
+    if options.max_lora_rank is not None:
+        count, ranks = options.max_loras, ranks_for(base, options.max_lora_rank)
+    elif options.lora_dir is not None:
+        usual = ranks_for(base, USUAL_RANK)
+        count, ranks = options.max_loras, tuple(map(max, usual, ranks))
+    names = AdapterNames(base, ranks, options.max_cpu_loras, options.lora_dir)
+    for name, folder in folders:
+        names.read(name, folder)
+    return names, AdapterRoom(count, ranks)
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -13,20 +13,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adapters.download import download_adapter
 from adapters.errors import AdapterError
-from adapters.places import LINEARS, Place, places_of
+from adapters.places import LINEARS, Base, Place, places_of
 from loading.containers.folder import open_weights
 from loading.containers.tensors import NUMPY_NAMES, Tensors
 from loading.disk import is_file, read_json
 from loading.errors import listed, shown
-
-if TYPE_CHECKING:
-    from weight_loader import Checkpoint
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -103,18 +100,27 @@ class Lora:
         return [matrix for pair in pairs for matrix in (pair if pair is not None else (None, None))]
 
 
-def find_lora(name: str, checkpoint: Checkpoint) -> Lora:
+def find_lora(name: str, checkpoint: Base) -> Lora:
     """The adapter of a folder or, downloaded once, of a repository at the hub.
 
     Raises:
         AdapterError: as :func:`read_lora`.
         CheckpointError: it cannot be downloaded.
     """
+    return read_lora(locate_lora(name), checkpoint)
+
+
+def locate_lora(name: str) -> Path:
+    """The folder of an adapter, downloaded where there is none of that name.
+
+    Raises:
+        AdapterError: it cannot be downloaded.
+    """
     folder = Path(name).expanduser()
-    return read_lora(folder if folder.exists() else download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES)), checkpoint)
+    return folder if folder.exists() else download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES))
 
 
-def read_lora(folder: Path, checkpoint: Checkpoint) -> Lora:
+def read_lora(folder: Path, checkpoint: Base) -> Lora:
     """The adapter in a folder, for a checkpoint.
 
     Raises:
@@ -247,7 +253,7 @@ def _by_pattern(settings: dict[str, Any], field: str, name: str, path: Path, oth
 
 
 def _joined(
-    parts: list[tuple[Place, np.ndarray, np.ndarray]], linear: int, checkpoint: Checkpoint
+    parts: list[tuple[Place, np.ndarray, np.ndarray]], linear: int, checkpoint: Base
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The matrices of one of the model's linear layers, of all layers. Parts that are stored by themselves (queries,
     keys and values) have numbers of their own on the way."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -11,11 +12,28 @@ from loading.config import CheckpointConfig
 from loading.families import gpt2, gpt_bigcode, llama, starcoder2
 from loading.table import Layout, parameters
 
-if TYPE_CHECKING:
-    from weight_loader import Checkpoint
-
 #: The linear layers that adapters add to, in the model's order (model.py's ADAPTED), by the names of their parameters.
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+class Base(Protocol):
+    """What has to be known of the checkpoint that an adapter is for; its weights are not needed."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> CheckpointConfig: ...
+    @property
+    def layout(self) -> Layout: ...
+
+
+@dataclass(frozen=True)
+class Described:
+    """A checkpoint without its files."""
+
+    path: Path
+    config: CheckpointConfig
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -35,7 +53,15 @@ class Place:
     in_features: int
 
 
-def places_of(checkpoint: Checkpoint, names: set[str]) -> dict[str, Place]:
+def ranks_for(checkpoint: Base, rank: int) -> tuple[int, ...]:
+    """For each of ``LINEARS`` the rank that adapters of at most ``rank`` can come to: layers that are stored in several
+    parts have a rank for each."""
+    layouts = (checkpoint.layout, _usual_layout(checkpoint.config))
+    names = [f"h.{{}}.{name}" for name in LINEARS]
+    return tuple(rank * max(len(layout.table[name].names) for layout in layouts) for name in names)
+
+
+def places_of(checkpoint: Base, names: set[str]) -> dict[str, Place]:
     """The places of modules, by their names without the family's prefix; those that there are.
 
     Args:

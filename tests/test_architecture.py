@@ -28,6 +28,7 @@ PROGRAMS = (
     "serving.http.chat",
     "serving.http.answering",
     "serving.http.service",
+    "serving.http.adapters",
     "serving.http.limits",
     "serving.http.connections",
     "serving.http.metrics",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from serving.http.adapters import Named
 from serving.http.chat import create_chat_completion
 from serving.http.completions import create_completion
 from serving.http.errors import ApiError, decoded, error_response
@@ -24,6 +26,7 @@ from serving.http.openapi import document
 from serving.http.schemas import (
     DetokenizeRequest,
     Health,
+    LoadAdapterRequest,
     ModelCard,
     ModelList,
     ModelMeta,
@@ -31,9 +34,11 @@ from serving.http.schemas import (
     TokenizeRequest,
     TokenizerInfo,
     Tokens,
+    UnloadAdapterRequest,
     Version,
 )
 from serving.http.service import Service
+from weight_loader import CheckpointError
 
 STUCK_SECONDS = 60.0  # of one step: then something is wrong
 _PAGE = Path(__file__).with_name("page.html")
@@ -56,6 +61,8 @@ def build_app(service: Service, key: str | None, limits: Limits) -> Starlette:
     handlers = {
         "/v1/completions": (create_completion, "POST"),
         "/v1/chat/completions": (create_chat_completion, "POST"),
+        "/v1/load_lora_adapter": (_load_adapter, "POST"),
+        "/v1/unload_lora_adapter": (_unload_adapter, "POST"),
         "/v1/models": (_models, "GET"),
         "/v1/models/{model:path}": (_model, "GET"),
         "/tokenize": (_tokenize, "POST"),
@@ -106,24 +113,53 @@ def _json(content: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-def _card(service: Service) -> ModelCard:
+def _card(service: Service, named: Named | None = None) -> ModelCard:
     decoder = service.engine.decoder
-    meta = ModelMeta(decoder.vocabulary, decoder.context)
-    return ModelCard(id=service.name, created=service.started, max_model_len=decoder.context, meta=meta)
+    card = ModelCard(
+        id=service.name,
+        created=service.started,
+        max_model_len=decoder.context,
+        meta=ModelMeta(decoder.vocabulary, decoder.context),
+    )
+    if named is not None:
+        card.id, card.created, card.parent = named.adapter.name, named.created, service.name
+    return card
 
 
 async def _models(service: Service, request: Request) -> Response:
-    return _json(ModelList(data=[_card(service)]))
+    others = [] if service.adapters is None else service.adapters.all()
+    return _json(ModelList(data=[_card(service), *(_card(service, each) for each in others)]))
 
 
 async def _model(service: Service, request: Request) -> Response:
-    service.check_model(request.path_params["model"])
-    return _json(_card(service))
+    return _json(_card(service, service.adapter_of(request.path_params["model"])))
+
+
+async def _load_adapter(service: Service, request: Request) -> Response:
+    asked = decoded(await request.body(), LoadAdapterRequest)
+    if service.adapters is None:
+        raise ApiError(400, "adapters can be loaded only where the server was started with --lora-dir")
+    if asked.lora_name == service.name:
+        raise ApiError(400, f"expected a name that is not the model's own but got {asked.lora_name!r}", "lora_name")
+    try:
+        named = await asyncio.to_thread(service.adapters.read_for_client, asked.lora_name, asked.lora_path)
+    except CheckpointError as error:
+        raise ApiError(400, str(error), "lora_path") from None
+    return _json(_card(service, named))
+
+
+async def _unload_adapter(service: Service, request: Request) -> Response:
+    asked = decoded(await request.body(), UnloadAdapterRequest)
+    named = service.adapter_of(asked.lora_name)
+    if named is None or service.adapters is None:
+        raise ApiError(400, f"expected the name of an adapter but {asked.lora_name!r} is the model", "lora_name")
+    service.adapters.drop(asked.lora_name)
+    return _json(_card(service, named))
 
 
 async def _tokenize(service: Service, request: Request) -> Response:
     asked = decoded(await request.body(), TokenizeRequest)
-    service.check_model(asked.model)
+    service.adapter_of(asked.model)
     ids = await service.encode(asked.prompt)
     prefix = list(service.tokenizer.prefix)
     if not asked.add_special_tokens and prefix and ids[: len(prefix)] == prefix:
@@ -135,7 +171,7 @@ async def _tokenize(service: Service, request: Request) -> Response:
 
 async def _detokenize(service: Service, request: Request) -> Response:
     asked = decoded(await request.body(), DetokenizeRequest)
-    service.check_model(asked.model)
+    service.adapter_of(asked.model)
     return _json(Text(service.tokenizer.decode(asked.tokens)))
 
 

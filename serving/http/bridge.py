@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from serving.adapters import Adapter
 from serving.engine import ServingEngine, Ticket
 from serving.sequence import Update
 from serving.settings import SamplingSettings
@@ -65,6 +66,7 @@ class Bridge:
         choices: int,
         priority: int,
         salt: bytes,
+        adapter: Adapter | None,
     ) -> AsyncIterator[list[tuple[int, Update]]]:
         """Hands requests in, and yields what has come of them, as (number of the answer, update), until all have ended.
         Whoever leaves earlier has cancelled them.
@@ -76,7 +78,7 @@ class Bridge:
         answers = Answers()
         try:
             for number, prompt in enumerate(prompts):
-                ticket = engine.submit(prompt, settings, choices, priority, salt)
+                ticket = engine.submit(prompt, settings, choices, priority, salt, adapter=adapter)
                 tickets.append(ticket)
                 self._answers[ticket] = answers, number * choices
             left = len(prompts) * choices

@@ -92,7 +92,8 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         ApiError: it cannot be answered as given.
     """
     asked = decoded(await request.body(), ChatRequest)
-    service.check_model(asked.model)
+    named = service.adapter_of(asked.model)
+    adapter = None if named is None else named.adapter
     template = service.chat_template
     if not isinstance(template, ChatTemplate):
         raise ApiError(
@@ -123,7 +124,14 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     settings = service.settings(
         asked, most, (asked.top_logprobs or 0) if asked.logprobs else None, asked.prompt_logprobs
     )
-    plan = Plan([ids], settings, choices, asked.priority, (asked.cache_salt or "").encode())
+    plan = Plan(
+        [ids],
+        settings,
+        choices,
+        asked.priority,
+        (asked.cache_salt or "").encode(),
+        adapter,
+    )
     shape = _Shape(service, asked, plan.prompts)
     if asked.stream:
         has_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -136,6 +144,7 @@ class _Shape:
     """Answers as OpenAI's clients read them."""
 
     def __init__(self, service: Service, asked: ChatRequest, prompts: list[list[int]]) -> None:
+        self._model = asked.model or service.name
         self._service, self._asked, self._prompts = service, asked, prompts
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
@@ -153,7 +162,11 @@ class _Shape:
         ]
         usage = usage_of(self._prompts, answers)
         return ChatCompletion(
-            id=self._id, created=self._created, model=self._service.name, choices=choices, usage=usage
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
         )
 
     def opening(self, number: int) -> ChatChunk:
@@ -175,7 +188,7 @@ class _Shape:
         return chunk
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._service.name, choices=choices)
+        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices)
 
     def _logprobs(self, scores: list[TokenScores]) -> ChatLogprobs | None:
         if not self._asked.logprobs:

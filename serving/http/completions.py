@@ -27,7 +27,8 @@ async def create_completion(service: Service, request: Request) -> Response:
         ApiError: it cannot be answered as given.
     """
     asked = decoded(await request.body(), CompletionRequest)
-    service.check_model(asked.model)
+    named = service.adapter_of(asked.model)
+    adapter = None if named is None else named.adapter
     if asked.suffix:
         raise ApiError(400, "suffix is not supported: the model continues a text, it fills no gaps", "suffix")
     choices = asked.n or 1
@@ -49,7 +50,14 @@ async def create_completion(service: Service, request: Request) -> Response:
     ranks_by_probability = best_of > choices and asked.logprobs is None
     scores = 0 if ranks_by_probability else asked.logprobs
     settings = service.settings(asked, most, scores, prompt_scores)
-    plan = Plan(prompts, settings, best_of, asked.priority, (asked.cache_salt or "").encode())
+    plan = Plan(
+        prompts,
+        settings,
+        best_of,
+        asked.priority,
+        (asked.cache_salt or "").encode(),
+        adapter,
+    )
     shape = _Shape(service, asked, prompts, best_of)
     if asked.stream:
         has_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -86,6 +94,7 @@ class _Shape:
     """Answers as OpenAI's clients read them."""
 
     def __init__(self, service: Service, asked: CompletionRequest, prompts: list[list[int]], best_of: int) -> None:
+        self._model = asked.model or service.name
         self._service, self._asked, self._prompts, self._best_of = service, asked, prompts, best_of
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._echoed = set[int]()  # answers whose prompt has been told
@@ -101,17 +110,17 @@ class _Shape:
             for place, each in enumerate(own):
                 told.append(self._choice(number * self._best_of + each.choice, each.update, number * choices + place))
         usage = usage_of(self._prompts, answers)
-        return Completion(id=self._id, created=self._created, model=self._service.name, choices=told, usage=usage)
+        return Completion(id=self._id, created=self._created, model=self._model, choices=told, usage=usage)
 
     def chunk(self, number: int, update: Update) -> Completion:
         """A piece of a stream."""
         choice = self._choice(number, update, number)
-        return Completion(id=self._id, created=self._created, model=self._service.name, choices=[choice])
+        return Completion(id=self._id, created=self._created, model=self._model, choices=[choice])
 
     def usage(self, answers: list[Answer]) -> Completion:
         """The chunk that tells how many tokens there were."""
         usage = usage_of(self._prompts, answers)
-        return Completion(id=self._id, created=self._created, model=self._service.name, choices=[], usage=usage)
+        return Completion(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
 
     def _choice(self, number: int, update: Update, index: int) -> CompletionChoice:
         asked, prompt = self._asked, self._prompts[number // self._best_of]

@@ -40,7 +40,13 @@ _OPERATIONS = {
     ),
     "/tokenize": _Operation("The token ids of a text", schemas.Tokens, schemas.TokenizeRequest, errors=(400, 404)),
     "/detokenize": _Operation("The text of token ids", schemas.Text, schemas.DetokenizeRequest, errors=(400, 404)),
-    "/v1/models": _Operation("The model that is served", schemas.ModelList),
+    "/v1/load_lora_adapter": _Operation(
+        "Load an adapter", schemas.ModelCard, schemas.LoadAdapterRequest, errors=(400,)
+    ),
+    "/v1/unload_lora_adapter": _Operation(
+        "Drop an adapter", schemas.ModelCard, schemas.UnloadAdapterRequest, errors=(400, 404)
+    ),
+    "/v1/models": _Operation("The models that are served", schemas.ModelList),
     "/v1/models/{model}": _Operation("The same by its name", schemas.ModelCard, errors=(404,)),
     "/health": _Operation("Whether the engine runs", schemas.Health),
     "/metrics": _Operation("Numbers for Prometheus"),

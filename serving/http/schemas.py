@@ -100,6 +100,19 @@ class DetokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
 
 
+class LoadAdapterRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /v1/load_lora_adapter``: the path is one within --lora-dir."""
+
+    lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Meta(min_length=1, max_length=4096)]
+
+
+class UnloadAdapterRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """``POST /v1/unload_lora_adapter``."""
+
+    lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
+
+
 class Tokens(Struct, kw_only=True):
     """A text's token ids, and what each is, where that was asked for."""
 
@@ -123,18 +136,19 @@ class ModelMeta(Struct):
 
 
 class ModelCard(Struct, kw_only=True):
-    """A model that is served."""
+    """A model that is served: the model itself, or with an adapter, whose parent it is."""
 
     id: str
     created: int
     max_model_len: int
     meta: ModelMeta
+    parent: str | None = None
     object: Literal["model"] = "model"
     owned_by: str = "nanogpt-tripy"
 
 
 class ModelList(Struct, kw_only=True):
-    """All that are: one."""
+    """All that are."""
 
     data: list[ModelCard]
     object: Literal["list"] = "list"

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from serving.engine import ServingEngine
+from serving.http.adapters import AdapterNames, Named
 from serving.http.bridge import Bridge
 from serving.http.errors import ApiError
 from serving.http.metrics import Metrics
@@ -26,6 +27,7 @@ class Service:
     Attributes:
         name: What requests call it.
         chat_template: Renders conversations; None where there is none.
+        adapters: Which requests may have, by calling them for the model; None: none can be loaded.
         started: When, in seconds since 1970.
     """
 
@@ -35,16 +37,23 @@ class Service:
     metrics: Metrics
     name: str
     chat_template: object | None = None
+    adapters: AdapterNames | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses a request for another model.
+    def adapter_of(self, name: str | None) -> Named | None:
+        """The adapter that a request calls for the model; None for the model itself.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404: there is no such model.
         """
-        if name is not None and name != self.name:
-            raise ApiError(404, f"the model {name!r} is not served here: expected {self.name!r}", "model")
+        if name is None or name == self.name:
+            return None
+        named = None if self.adapters is None else self.adapters.find(name)
+        if named is None:
+            others = [] if self.adapters is None else [each.adapter.name for each in self.adapters.all()]
+            known = ", ".join(map(repr, [self.name, *others][:8]))
+            raise ApiError(404, f"the model {name!r} is not served here: expected {known}", "model")
+        return named
 
     async def encode(self, text: str, param: str = "prompt") -> list[int]:
         """The ids of a text.

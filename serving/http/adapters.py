@@ -1,0 +1,90 @@
+"""Adapters by the names that requests call them: read when the server starts or while it runs, and dropped again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.errors import AdapterError
+from adapters.lora import Base, read_lora
+from serving.adapters import Adapter
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter under a name, since ``created``, in seconds since 1970."""
+
+    adapter: Adapter
+    created: int
+
+
+class AdapterNames:
+    """The adapters that there are.
+
+    Args:
+        base: The model that they are for.
+        ranks: The largest that the engine has room for, for each linear layer of a block.
+        most: How many are kept in memory. One more drops the one that no request has named for the longest time.
+        folder: Clients may have those loaded that lie in it; None: none.
+    """
+
+    def __init__(self, base: Base, ranks: tuple[int, ...], most: int, folder: Path | None = None) -> None:
+        self._base, self._ranks, self._most, self._folder = base, ranks, most, folder
+        self._named: dict[str, Named] = {}  # who was named last comes last
+        self._lock = threading.Lock()
+
+    def read(self, name: str, path: Path) -> Named:
+        """Reads an adapter, which is under this name from then on.
+
+        Raises:
+            AdapterError: it cannot be used.
+        """
+        lora = read_lora(path, self._base)
+        for rank, room in zip(lora.ranks, self._ranks, strict=True):
+            if rank > room:
+                raise AdapterError(
+                    f"{path}: expected a rank of at most that of --max-lora-rank but got {rank}, of {room}"
+                )
+        adapter = Adapter(name, lora.tables(self._ranks))
+        _ = adapter.key  # which takes some milliseconds: here, and not where the engine waits for it
+        named = Named(adapter, int(time.time()))
+        with self._lock:
+            self._named.pop(name, None)
+            while len(self._named) >= self._most:
+                del self._named[next(iter(self._named))]
+            self._named[name] = named
+        return named
+
+    def read_for_client(self, name: str, path: str) -> Named:
+        """:meth:`read`, of a folder within the one that clients may choose from.
+
+        Raises:
+            AdapterError: also where there is no such folder.
+        """
+        if self._folder is None:
+            raise AdapterError("adapters are loaded while the server runs only where it was started with --lora-dir")
+        root = self._folder.resolve()
+        found = (root / path).resolve() if "\0" not in path else root.parent
+        if not found.is_relative_to(root) or not found.is_dir():
+            raise AdapterError(f"expected lora_path to be a folder in that of --lora-dir but got {path!r}")
+        return self.read(name, found)
+
+    def drop(self, name: str) -> bool:
+        """Whether there was one of this name. Requests that have it already keep it."""
+        with self._lock:
+            return self._named.pop(name, None) is not None
+
+    def find(self, name: str) -> Named | None:
+        """The adapter of a name, which counts as used."""
+        with self._lock:
+            named = self._named.pop(name, None)
+            if named is not None:
+                self._named[name] = named
+            return named
+
+    def all(self) -> list[Named]:
+        """Every one, by name."""
+        with self._lock:
+            return [self._named[name] for name in sorted(self._named)]
