@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 
 import uvicorn
 
@@ -61,8 +62,18 @@ def serve(service: Service, listener: socket.socket, key: str | None, options: a
     if connections < options.max_connections:
         command_line.report(f"serve.py: the system lets this process have {connections} connections (ulimit -n)")
     server = Server(config, Patience(connections))
-    asyncio.run(_until_signalled(server, listener))
+    _run(_until_signalled(server, listener))
     service.engine.stop(drain=0.0)
+
+
+def _run(main: Coroutine[object, object, None]) -> None:
+    """On uvloop where it is installed: it takes half the time for a token."""
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
 
 
 async def _until_signalled(server: Server, listener: socket.socket) -> None:
