@@ -51,6 +51,7 @@ PROGRAMS = (
     "serving.scheduler",
     "serving.pages",
     "serving.sequence",
+    "serving.beams",
     "serving.drawing",
     "serving.text",
     "serving.settings",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_checkpoints import EOS, VOCABULARY, random_checkpoint
+from stepped import Bench, results
+from tiny_checkpoints import VOCABULARY, random_checkpoint
 
 from engine import open_engine
-from serving.engine import ServingEngine, Ticket
-from serving.sequence import Update
 from serving.settings import RequestError, SamplingSettings
 from serving.speculation import PromptLookup, Speculation
 from tokenizer import load_tokenizer
@@ -24,50 +22,11 @@ PAGE = 8
 CONTEXT = 64
 
 
-class Bench:
-    """An engine whose steps are taken by hand, and what it has told of each request."""
-
-    def __init__(
-        self, decoder: Any, tokenizer: Any, endings: frozenset[int] = frozenset({EOS}), **settings: Any
-    ) -> None:
-        self.told: dict[Ticket, dict[int, Update]] = defaultdict(dict)
-        self.engine = ServingEngine(decoder, tokenizer, endings, self._take, **settings)
-
-    def _take(self, updates: list[tuple[Ticket, Update]]) -> None:
-        for ticket, update in updates:
-            whole = self.told[ticket].setdefault(update.choice, Update(update.choice))
-            assert whole.finish_reason is None, "something came after the end"
-            whole.text += update.text
-            whole.ids += update.ids
-            whole.offsets += update.offsets
-            whole.scores += update.scores
-            whole.prompt_scores = whole.prompt_scores or update.prompt_scores
-            whole.finish_reason, whole.stop_reason = update.finish_reason, update.stop_reason
-            whole.error = update.error
-
-    def turn(self) -> None:
-        self.engine.turn()
-
-    def finish(self) -> None:
-        for _ in range(10_000):
-            if not self.engine.has_work:
-                return
-            self.engine.turn()
-        raise AssertionError("it does not end")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     checkpoint = open_checkpoint(random_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint"))
     engine = open_engine(checkpoint, "float32", batch=1)
     return engine, load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
-
-
-def results(updates: dict[int, Update]) -> list[tuple[Any, ...]]:
-    return [
-        (each.text, each.ids, each.offsets, each.scores, each.prompt_scores, each.finish_reason, each.stop_reason)
-        for _, each in sorted(updates.items())
-    ]
 
 
 REQUESTS = st.builds(
