@@ -33,6 +33,7 @@ from command_line import UsageError
 from engine_cache import EngineError, EngineFolder
 from quantization import QuantizationConfig, QuantizationError
 from response import Response
+from serving import searching
 from serving.jobs import JobFile, Jobs, Prompts, Request
 from serving.settings import SamplingSettings
 from weight_loader import Checkpoint, CheckpointConfig, CheckpointError, open_checkpoint
@@ -86,15 +87,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--temperature",
         metavar="T",
         type=float,
-        default=0.8,
-        help="divides the logits; 0 picks the most likely token (default %(default)s)",
+        help="divides the logits; 0 picks the most likely token (default 0.8)",
     )
-    parser.add_argument(
-        "--top-k", metavar="K", type=int, default=5, help="sample among the K likeliest; 0: all (default %(default)s)"
-    )
+    parser.add_argument("--top-k", metavar="K", type=int, help="sample among the K likeliest; 0: all (default 5)")
     parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: off)")
     parser.add_argument(
         "--num-samples", metavar="N", type=int, default=1, help="responses to each prompt (default %(default)s)"
+    )
+    search = parser.add_argument_group("beam search")
+    searching.add_arguments(search)
+    search.add_argument(
+        "--num-return-sequences", metavar="M", type=int, help="of the N texts, the best ones (default 1)"
     )
     parser.add_argument("--stream", action="store_true", help="print the text as it is generated")
     parser.add_argument(
@@ -125,6 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options,
         max_new_tokens=(1, None),
         num_samples=(1, None),
+        num_return_sequences=(1, None),
         top_k=(0, None),
         threads=(1, command_line.MAX_THREADS),
     )
@@ -141,6 +145,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         raise UsageError("expected --jsonl or --stream but got both")
     if options.output is not None and not options.jsonl:
         raise UsageError("expected --jsonl with --output: a text goes to standard output")
+    settle_drawing(options)
     options.has_seed = options.seed is not None
     if not options.has_seed:
         options.seed = int.from_bytes(os.urandom(4), "little")
@@ -149,6 +154,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except ValueError as error:
         raise UsageError(str(error)) from None
     return options
+
+
+def settle_drawing(options: argparse.Namespace) -> None:
+    """Whether texts are drawn or searched for, and how many of them.
+
+    Raises:
+        UsageError: options that do not go together.
+    """
+    options.beams = searching.beams_of(options)
+    if options.beams is None:
+        if options.num_return_sequences is not None:
+            raise UsageError("expected --num-beams with --num-return-sequences")
+        options.temperature = 0.8 if options.temperature is None else options.temperature
+        options.top_k = 5 if options.top_k is None else options.top_k
+        return
+    for name in ("temperature", "top_k", "top_p", "stop", "stream", "speculate"):
+        if getattr(options, name):  # of temperature and top-k 0 changes nothing
+            raise UsageError(f"expected --num-beams or --{name.replace('_', '-')} but got both")
+    if options.num_samples != 1:
+        raise UsageError("expected --num-return-sequences with --num-beams but got --num-samples")
+    options.temperature, options.num_samples = 0.0, options.num_return_sequences or 1
+    if options.num_samples > options.beams.beams:
+        raise UsageError(
+            f"expected --num-return-sequences to be at most --num-beams ({options.beams.beams}) but got "
+            f"{options.num_samples}"
+        )
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -246,6 +277,7 @@ def find_jobs(options: argparse.Namespace) -> Prompts | JobFile:
         top_p=options.top_p,
         max_tokens=options.max_new_tokens,
         stop=tuple(options.stop),
+        beams=options.beams,
     )
     if not options.jsonl:
         return Prompts(read_prompts(options), usual, options.num_samples, options.batch)
@@ -353,8 +385,8 @@ def open_offline(jobs: Jobs, model: Model, options: argparse.Namespace) -> Offli
     from serving.offline import MAX_SEQUENCES, OfflineEngine
     from serving.opening import open_model, open_speculation
 
-    together = min(jobs.answers, MAX_SEQUENCES)
-    opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report)
+    together = min(jobs.sequences, MAX_SEQUENCES)
+    opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report, jobs.beams)
     speculation = open_speculation(options.speculate, model.draft, options.dtype, model.engines, model.report)
     del model.checkpoint, model.draft
     model.timing.compiled = time.perf_counter()
@@ -414,7 +446,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         if isinstance(jobs, JobFile):
             answer_file(jobs, model, options)
-        elif jobs.answers == 1 and options.speculate is None:
+        elif jobs.answers == 1 and options.speculate is None and options.beams is None:
             answer_one(jobs, model, options)
         else:
             answer_all(jobs, model, options)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 import text_file
 from command_line import UsageError
 from response import encode_prompt
-from serving.settings import RequestError, SamplingSettings
+from serving.settings import BeamSettings, RequestError, SamplingSettings
 from tokenizer import Tokenizer, UnknownCharacterError
 
 MAX_CHOICES = 1024  # answers to one prompt, which are in memory together
@@ -42,7 +42,14 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "frequency_penalty": _NUMBER,
     "presence_penalty": _NUMBER,
     "stop": ((str, list), "a text or a list of texts"),
+    "num_beams": _INTEGER,
+    "length_penalty": _NUMBER,
+    "early_stopping": ((bool, str), "true, false or a text"),
 }
+
+
+#: Those of a search for the likeliest answers, and what they set.
+_SEARCH = {"num_beams": "beams", "length_penalty": "length_penalty", "early_stopping": "early_stopping"}
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,25 @@ class Request:
     index: int = 0
     custom_id: str | int | None = None
 
+    @property
+    def width(self) -> int:
+        """How many sequences it takes at most, at the same time."""
+        beams = self.settings.beams
+        return self.choices if beams is None else beams.beams
+
 
 class Jobs(Protocol):
     """Where requests come from.
 
     Attributes:
         count, answers: How many requests and answers there are; of a file, once :meth:`check` has counted them.
+        sequences: How many sequences they take, ``beams`` of them at once for the widest search, or one.
     """
 
     count: int
     answers: int
+    sequences: int
+    beams: int
 
     def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
         """Looks at all of them, so that what is wrong with any is known before anything is computed.
@@ -99,6 +115,8 @@ class Prompts:
     def __init__(self, prompts: Sequence[str], settings: SamplingSettings, choices: int, path: Path | None) -> None:
         self._prompts, self._settings, self._choices, self._path = prompts, settings, choices, path
         self.count, self.answers = len(prompts), len(prompts) * choices
+        self.beams = 1 if settings.beams is None else settings.beams.beams
+        self.sequences = len(prompts) * max(choices, self.beams)
 
     def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
         """As of :class:`Jobs`."""
@@ -143,7 +161,8 @@ class JobFile:
 
     def __init__(self, path: Path, usual: SamplingSettings, choices: int) -> None:
         self.path, self.usual, self.choices = path, usual, choices
-        self.count = self.answers = 0
+        self.count = self.answers = self.sequences = 0
+        self.beams = 1
         self.digest = ""
         try:
             self._file: BinaryIO = path.open("rb")
@@ -169,6 +188,9 @@ class JobFile:
             digest.update(line)
             digest.update(repr(request.ids).encode())
             self.count, self.answers = index + 1, self.answers + request.choices
+            self.sequences += request.width
+            if request.settings.beams is not None:
+                self.beams = max(self.beams, request.width)
             told(len(line))
         if self.count == 0:
             raise UsageError(f"expected a JSON object on each line of {self.path} but the file is empty")
@@ -200,19 +222,38 @@ class JobFile:
         choices = fields.get("n", self.choices)
         if not 1 <= choices <= MAX_CHOICES:
             raise UsageError(f"expected n to be 1 to {MAX_CHOICES} on {where} but got {choices}")
-        own = {name: value for name, value in fields.items() if name not in ("prompt", "custom_id", "n")}
+        others = ("prompt", "custom_id", "n", *_SEARCH)
+        own = {name: value for name, value in fields.items() if name not in others}
         if "stop" in own:
             own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
         if own.get("top_k") == 0:  # as of --top-k
             own["top_k"] = None
-        settings = replace(self.usual, **own)
+        searched = {_SEARCH[name]: value for name, value in fields.items() if name in _SEARCH}
         try:
+            settings = replace(_searching(self.usual, searched), **own)
             settings.check(vocabulary)
+            if settings.beams is not None and choices > settings.beams.beams:
+                raise RequestError(f"expected n to be at most num_beams ({settings.beams.beams}) but got {choices}")
             ids = encode_prompt(fields["prompt"], tokenizer, context)
         except (RequestError, UsageError, UnknownCharacterError) as error:
             raise UsageError(f"{error} on {where}") from None
         settings = _fitted(settings, len(ids), context)
         return Request(fields["prompt"], ids, settings, choices, index, fields.get("custom_id"))
+
+
+def _searching(usual: SamplingSettings, searched: dict[str, Any]) -> SamplingSettings:
+    """What a line does not say, where it says so of a search. Where there is one, what it cannot heed is not usual.
+
+    Raises:
+        RequestError: there is no search that it could speak of.
+    """
+    if usual.beams is None and "beams" not in searched:
+        if searched:
+            raise RequestError(f"expected num_beams with {next(iter(searched))}")
+        return usual
+    neutral: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": None, "stop": ()}
+    beams = BeamSettings(**searched) if usual.beams is None else replace(usual.beams, **searched)
+    return replace(usual, **neutral, beams=beams)
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
@@ -232,7 +273,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         if name not in _FIELDS:
             raise UsageError(f"unknown field {_shown(name)} on {where}: expected {', '.join(_FIELDS)}")
         types, described = _FIELDS[name]
-        is_right = isinstance(value, types) and not isinstance(value, bool)
+        is_right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         if isinstance(value, list):
             is_right = is_right and all(isinstance(each, str) for each in value)
         if value is not None and not is_right:

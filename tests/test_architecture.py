@@ -41,6 +41,7 @@ PROGRAMS = (
     "example",
     # Many prompts: from files of them to files of answers, on the scheduler that serves.
     "serving.results",
+    "serving.searching",
     "serving.offline",
     "serving.jobs",
     "serving.opening",

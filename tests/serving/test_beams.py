@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ BEAMS = st.builds(
     length_penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]),
     early_stopping=st.sampled_from([True, False, "never"]),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other 50 times as long as these models take, where others use the cores, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
