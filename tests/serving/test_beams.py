@@ -200,6 +200,29 @@ def test_searches_are_put_aside_as_a_whole(models: tuple[Any, Any], tokenizer: T
         assert results(bench.told[ticket]) == results(alone.told[expected])
 
 
+@given(turns=st.sets(st.integers(0, 60), max_size=8), most=st.sampled_from([4, 7, 512]))
+@settings(max_examples=25, deadline=None)
+def test_it_may_be_put_aside_at_any_moment(
+    models: tuple[Any, Any], tokenizer: Tokenizer, turns: set[int], most: int
+) -> None:
+    """Even while it is computed again, when some beams have their logits and others have not."""
+    _, engine = models
+    prompt, how = [2, 9, 8, 7, 6], searching(BeamSettings(4), max_tokens=12, logprobs=0)
+    bench = Bench(engine.paged(PAGE, 40), tokenizer, frozenset(), max_sequences=4, max_tokens=most)
+    ticket = bench.engine.submit(prompt, how, 4)
+    turn = 0
+    while bench.engine.has_work:
+        beam = ticket.sequences[0].group.beams[0]  # type: ignore[union-attr]
+        if turn in turns and beam in bench.engine.scheduler.running:
+            bench.engine.scheduler._preempt(beam)
+        bench.turn()
+        turn += 1
+    alone = Bench(engine.paged(PAGE, 40), tokenizer, frozenset())
+    expected = alone.engine.submit(prompt, how, 4)
+    alone.finish()
+    assert bench.engine.pages.used == 0 and results(bench.told[ticket]) == results(alone.told[expected])
+
+
 def test_beams_share_the_pages_of_what_they_have_in_common(models: tuple[Any, Any], tokenizer: Tokenizer) -> None:
     _, engine = models
     bench = Bench(engine.paged(PAGE, 80), tokenizer, frozenset())
