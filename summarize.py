@@ -150,7 +150,7 @@ def summaries_of(
     beams: BeamSettings = options.beams
     together = min(options.batch_size, len(prompts)) * beams.beams
     try:
-        opened = open_model(checkpoint, options.dtype, together, None, engines, command_line.report, beams.beams)
+        opened = open_model(checkpoint, options.dtype, together, None, engines, lambda message: None, beams.beams)
     except EngineError as error:
         raise UsageError(str(error)) from None
     if engines is not None:
@@ -219,6 +219,8 @@ def run(options: argparse.Namespace) -> int:
     rouge = Rouge()
     if options.output is not None:
         check_new(options.output)
+        if not options.output.parent.is_dir():
+            raise UsageError(f"cannot write {options.output}: {options.output.parent} is no folder")
     articles = read_articles(options.data, options.max_articles)
     source = checkpoint = open_checkpoint(options.model_type, options.revision)
     prompts = prompts_of(articles, source, options)

@@ -30,15 +30,14 @@ def table(results: Sequence[Result]) -> str:
     """A row for each beam of each program; what it took is beside the first one, for all of them."""
     rows = [["", "beam", *MEASURES.values(), "s/article", "tokens/s"]]
     for result in results:
+        speed = [f"{result.seconds / result.articles:.2f}", f"{result.tokens / result.seconds:.1f}"]
         for beam, scores in enumerate(result.scores):
-            speed = [f"{result.seconds / result.articles:.2f}", f"{result.tokens / result.seconds:.1f}"]
-            rows.append(
-                [result.by, str(beam), *(f"{scores[name]:.2f}" for name in MEASURES), *(speed if not beam else [])]
-            )
-    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
+            rows.append([result.by, str(beam), *(f"{scores[name]:.2f}" for name in MEASURES), *speed])
+            speed = ["", ""]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(_line(row, widths) for row in rows)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=False))
+    first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
     return "  ".join([first.strip().ljust(widths[0]), *others]).rstrip()
