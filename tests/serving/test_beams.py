@@ -28,9 +28,10 @@ PAGE = 4
 FAMILIES: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": {}, "starcoder2": {"sliding_window": 7}}
 
 PROMPTS = st.lists(st.integers(2, 96), min_size=1, max_size=14)
+MOST_BEAMS = 8
 BEAMS = st.builds(
     BeamSettings,
-    beams=st.integers(1, 5),
+    beams=st.integers(1, MOST_BEAMS),
     length_penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]),
     early_stopping=st.sampled_from([True, False, "never"]),
 )
@@ -78,7 +79,7 @@ def search(engine: Any, tokenizer: Tokenizer, prompt: list[int], how: SamplingSe
     beams=BEAMS,
     most=st.integers(1, 16),
     ends=st.lists(st.integers(0, 40), max_size=3),
-    choices=st.integers(1, 5),
+    choices=st.integers(1, MOST_BEAMS),
 )
 @settings(max_examples=60, deadline=None)
 def test_it_finds_what_transformers_finds(
@@ -153,7 +154,7 @@ def test_a_search_finds_what_it_finds_alone(
         engine.paged(PAGE, pages),
         tokenizer,
         frozenset({5, 6}),
-        max_sequences=6,
+        max_sequences=MOST_BEAMS,
         max_tokens=most,
         speculation=Speculation(PromptLookup(), most=4) if guesses else None,
     )
