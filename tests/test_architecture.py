@@ -67,6 +67,8 @@ PROGRAMS = (
     "evaluation.text",
     "evaluation.variants",
     "train",
+    "training.building",
+    "training.lora",
     "training.log",
     "training.state",
     "training.resume",
@@ -151,7 +153,10 @@ PROGRAMS = (
     "interrupt",
 )
 #: They train, with torch; the other programs import it only where it is needed.
-TRAINING = ("train", "training.log", "training.state", "training.resume", "training.batches", "training.qat")
+TRAINING = (
+    *("train", "training.building", "training.log", "training.state", "training.resume", "training.batches"),
+    *("training.qat", "training.lora"),
+)
 #: What programs may use of the portable runtime.
 SURFACE = {
     "nvtripy_portable.engine_file",
