@@ -80,7 +80,7 @@ def compiled_weight_bytes(executable: tp.Executable, config: CheckpointConfig) -
     layers = [layer for place, layer in enumerate(layers) if place < len(sizes) or layer.operands[2] is not None]
     counted = set()
     for layer in layers:
-        _, weight, weight_scale, _, _, pre_scale, input_scale = layer.operands
+        _, weight, weight_scale, _, _, pre_scale, input_scale, _ = layer.operands
         counted.update({weight, weight_scale, pre_scale, input_scale} - {None})
     return WeightBytes(total, sum(map(_constant_bytes, counted)), sum(map(_num_weights, layers)))
 

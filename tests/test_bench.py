@@ -122,7 +122,7 @@ def test_an_interrupted_run_leaves_nothing_half_written(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model_files._made_once(tmp_path / "model", make)
+        model_files.made_once(tmp_path / "model", make)
     assert list(tmp_path.iterdir()) == []
 
 

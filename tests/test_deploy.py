@@ -39,6 +39,16 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     assert not said, done.stderr
 
 
+def answered(client: httpx.Client, path: str) -> httpx.Response:
+    """The answer of a server that has said that it serves, and listens in a moment."""
+    for _ in range(200):
+        try:
+            return client.get(path)
+        except httpx.ConnectError:
+            time.sleep(0.05)
+    raise AssertionError("it does not listen")
+
+
 def test_the_unit_starts_a_server_that_asks_for_the_key_and_ends_by_sigterm(tmp_path: Path) -> None:
     """Its command line, with systemd's part played by hand."""
     (tmp_path / "api-key").write_text("secret\n")
@@ -55,12 +65,7 @@ def test_the_unit_starts_a_server_that_asks_for_the_key_and_ends_by_sigterm(tmp_
         line = next(line for line in process.stderr if "serving" in line)
         url = line.split(" on ")[1].split()[0]
         with httpx.Client(base_url=url, trust_env=False) as client:
-            for _ in range(100):
-                try:
-                    assert client.get("/v1/models").status_code == 401
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.05)
+            assert answered(client, "/v1/models").status_code == 401
             assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         [number] = unit_values("KillSignal")
         process.send_signal(signal.Signals[number])
@@ -113,6 +118,8 @@ def test_the_container_has_what_the_server_needs(tmp_path: Path) -> None:
         [sys.executable, "serve.py", "--port=0"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        assert any("serving" in line for line in process.stderr)
+        line = next(line for line in process.stderr if "serving" in line)
+        with httpx.Client(base_url=line.split(" on ")[1].split()[0], trust_env=False) as client:
+            assert answered(client, "/health").status_code == 200
         process.terminate()
         assert process.wait(30) == 0
