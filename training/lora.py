@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -32,12 +33,12 @@ def add_adapter(base: GPT2LMHeadModel, config: TrainConfig, name: str) -> peft.P
         base: Is changed in place: its weights are frozen, and its layers are within peft's.
         name: Of the base, for those who read the folder.
     """
-    alpha = config.lora_alpha
+    alpha: Any = config.lora_alpha  # peft says a whole number, and takes any
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
         r=config.lora_rank,
-        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # most readers expect a whole number
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.lora_targets.split(","),
         fan_in_fan_out=True,  # GPT-2's weights are (in, out)
@@ -54,7 +55,8 @@ def save(model: peft.PeftModel, folder: Path) -> None:
     Raises:
         OSError, SafetensorError: it cannot be written.
     """
-    model.save_pretrained(folder, save_embedding_layers=False)  # they are frozen; "auto" would ask the hub about them
+    # Embeddings are frozen; "auto" would ask the hub about them.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / _CARD).unlink(missing_ok=True)
     path = folder / CONFIG_FILE
     settings = json.loads(path.read_text(encoding="utf-8"))
