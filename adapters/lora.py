@@ -1,8 +1,8 @@
 """LoRA adapters (Hu et al. 2021), PEFT's folders and NeMo's archives → the two matrices that each layer takes.
 
-nemo_lora.py reads the archives. A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); of every module that it changes,
-``lora_A.weight`` (rank, in_features) and ``lora_B.weight`` (out_features, rank), which add ``scale * B @ A`` to the
-weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by name.
+nemo_lora.py reads the archives. A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``);
+of every module that it changes, ``lora_A.weight`` (rank, in_features) and ``lora_B.weight`` (out_features, rank), which
+add ``scale * B @ A`` to the weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by name.
 """
 
 from __future__ import annotations
@@ -228,7 +228,9 @@ def _pairs(tensors: Tensors, file: Path) -> dict[str, tuple[str, str]]:
         else:
             found.setdefault(match[1], {})[match[2]] = stored
     if others:
-        raise NotPlainError(f"{file}: expected lora_A and lora_B of linear layers only but got {listed(sorted(others))}")
+        raise NotPlainError(
+            f"{file}: expected lora_A and lora_B of linear layers only but got {listed(sorted(others))}"
+        )
     alone = sorted(name for name, pair in found.items() if len(pair) != 2)
     if alone or not found:
         raise AdapterError(f"{file}: expected lora_A and lora_B of each module but got {listed(alone) or 'none'}")

@@ -132,5 +132,5 @@ def test_the_programs_take_archives(
     assert texts[0] != texts[1]
     names = AdapterNames(open_checkpoint(tmp_path / "base"), (4, 4, 4, 4), 2, tmp_path)
     assert names.read_for_client("one", "adapter.nemo").adapter.name == "one"
-    with pytest.raises(CheckpointError, match=r"a folder in that of --lora-dir, or a \.nemo file, but got 'other.nemo'"):
+    with pytest.raises(CheckpointError, match=r"of --lora-dir, or a \.nemo file, but got 'other.nemo'"):
         names.read_for_client("one", "other.nemo")
