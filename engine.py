@@ -103,10 +103,7 @@ class Engine:
         if self._decoder is not None:
             self._decoder.set_adapter(slot, matrices)
             return
-        for table, matrix in zip(self._tables, matrices or [None] * len(self._tables), strict=True):
-            table[slot] = 0
-            if matrix is not None:
-                table[slot, :, : matrix.shape[1]] = matrix
+        Decoder.put_adapter(self._tables, slot, matrices)
         self._tables_there = []
 
     def choose(self, slots: Sequence[int]) -> None:

@@ -256,25 +256,25 @@ def _adapters(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Adap
     Raises:
         AdapterError: one cannot be used.
     """
-    from adapters.lora import locate_lora, read_lora
+    from adapters.lora import find_lora
     from adapters.places import Described, ranks_for
     from engine import AdapterRoom, room_of
     from serving.http.adapters import AdapterNames
 
-    folders = [(name, locate_lora(folder)) for name, folder in options.lora_modules]
-    if not folders and options.lora_dir is None:
+    if not options.lora_modules and options.lora_dir is None:
         return None, None
     base = Described(checkpoint.path, checkpoint.config, checkpoint.layout)
-    room = room_of([read_lora(folder, base) for _, folder in folders]) if folders else AdapterRoom(0, (0, 0, 0, 0))
-    count, ranks = min(len(folders), options.max_loras), room.ranks
+    loras = [(name, find_lora(folder, base)) for name, folder in options.lora_modules]
+    room = room_of([lora for _, lora in loras]) if loras else AdapterRoom(0, (0, 0, 0, 0))
+    count, ranks = min(len(loras), options.max_loras), room.ranks
     if options.max_lora_rank is not None:
         count, ranks = options.max_loras, ranks_for(base, options.max_lora_rank)
     elif options.lora_dir is not None:
         usual = ranks_for(base, USUAL_RANK)
         count, ranks = options.max_loras, tuple(map(max, usual, ranks))
     names = AdapterNames(base, ranks, options.max_cpu_loras, options.lora_dir)
-    for name, folder in folders:
-        names.read(name, folder)
+    for name, lora in loras:
+        names.add(name, lora)
     return names, AdapterRoom(count, ranks)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from adapters.download import download_adapter
 from adapters.errors import AdapterError
 from adapters.places import LINEARS, Base, Place, places_of
+from loading.config import parameter_shapes
 from loading.containers.folder import open_weights
 from loading.containers.tensors import NUMPY_NAMES, Tensors
 from loading.disk import is_file, read_json
@@ -89,10 +90,7 @@ class Lora:
     @property
     def digest(self) -> str:
         """A hexadecimal hash of its numbers."""
-        digest = hashlib.sha256()
-        for matrix in self.tables((1,) * len(LINEARS)):
-            digest.update(b"" if matrix is None else repr(matrix.shape).encode() + matrix.tobytes())
-        return digest.hexdigest()
+        return digest_of(self.tables((1,) * len(LINEARS))).hex()
 
     def tables(self, ranks: Sequence[int]) -> list[np.ndarray | None]:
         """What an engine with room for these ranks takes: of each of ``LINEARS`` that has one, the ways down and up."""
@@ -100,24 +98,24 @@ class Lora:
         return [matrix for pair in pairs for matrix in (pair if pair is not None else (None, None))]
 
 
+def digest_of(matrices: Iterable[np.ndarray | None]) -> bytes:
+    """What tells matrices from others: SHA-256 over their shapes and numbers."""
+    digest = hashlib.sha256()
+    for each in matrices:
+        digest.update(b"none" if each is None else repr(each.shape).encode() + np.ascontiguousarray(each).tobytes())
+    return digest.digest()
+
+
 def find_lora(name: str, checkpoint: Base) -> Lora:
     """The adapter of a folder or, downloaded once, of a repository at the hub.
 
     Raises:
-        AdapterError: as :func:`read_lora`.
-        CheckpointError: it cannot be downloaded.
-    """
-    return read_lora(locate_lora(name), checkpoint)
-
-
-def locate_lora(name: str) -> Path:
-    """The folder of an adapter, downloaded where there is none of that name.
-
-    Raises:
-        AdapterError: it cannot be downloaded.
+        AdapterError: as :func:`read_lora`, or it cannot be downloaded.
     """
     folder = Path(name).expanduser()
-    return folder if folder.exists() else download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES))
+    if not folder.exists():
+        folder = download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES))
+    return read_lora(folder, checkpoint)
 
 
 def read_lora(folder: Path, checkpoint: Base) -> Lora:
@@ -263,13 +261,8 @@ def _joined(
     ranks = [0] * config.n_layer
     for place, down, _ in parts:
         ranks[place.layer] += len(down)
-    widths = {
-        "attn.c_attn": (config.n_embd, config.query_width + 2 * config.key_width),
-        "attn.c_proj": (config.query_width, config.n_embd),
-        "mlp.c_fc": (config.n_embd, config.n_inner * (2 if config.gated_mlp else 1)),
-        "mlp.c_proj": (config.n_inner, config.n_embd),
-    }[LINEARS[linear]]
-    downs, ups = (np.zeros((config.n_layer, max(ranks), width), np.float32) for width in widths)
+    outputs, inputs = parameter_shapes(config)[f"h.0.{LINEARS[linear]}.weight"]
+    downs, ups = (np.zeros((config.n_layer, max(ranks), width), np.float32) for width in (inputs, outputs))
     used = [0] * config.n_layer
     for place, down, up in sorted(parts, key=lambda part: int(part[0].rows[0])):
         own = slice(used[place.layer], used[place.layer] + len(down))

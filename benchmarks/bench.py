@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import model_files
 import report
 from measuring import Bench
+from output import check_json
 from peers import OURS, PEERS
 from workers import WorkerError
 
@@ -114,9 +115,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         picture.check(options.plot, "requirements/bench.txt")
     if options.plot is not None and options.batch:
         raise UsageError("expected --plot without --batch: it draws the decoding of one sequence")
-    path = options.json
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
-        raise UsageError(f"expected --json to be a file in a writable folder but got {path}")
+    check_json(options.json)
     for number in options.batch:
         if not 1 <= number <= MAX_BATCH:
             raise UsageError(f"expected --batch to be 1 to {MAX_BATCH} sequences but got {number}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import model_files
 import numpy as np
 import report
 from bandwidth import Bandwidth, last_level_cache
+from output import say, write
 from peers import GGUF, OURS, PEERS
 from peers.installed import missing, version
 from peers.task import Task
@@ -24,7 +24,6 @@ from turns import QUICK_STEPS, STEPS, Turn, note, turns, turns_together
 from workers import Timed, Worker, WorkerError, fresh_start, write_model
 
 import machine
-from command_line import UsageError
 from weight_loader import CheckpointError, open_checkpoint
 
 START_PROMPT = 16  # tokens of a fresh process's prompt
@@ -33,11 +32,6 @@ STARTS = 3  # fresh processes of each engine, at most
 
 #: How far logits may be from transformers' in float32, relative to their spread: a broken model is far beyond.
 TOLERANCES = {"fp16": 0.03, "int8": 0.1, "int4": 0.6}
-
-
-def say(message: str) -> None:
-    """A line on standard error, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
 
 
 class Bench:
@@ -76,7 +70,7 @@ class Bench:
         if self._options.json is not None:
             shapes = dict.fromkeys(record.shape for record in self.run.records)
             ratios = {s: report.ratios([r for r in self.run.records if r.shape == s]) for s in shapes}
-            _write(self._options.json, json.dumps({**asdict(self.run), "ratios": ratios}, indent=1) + "\n")
+            write(self._options.json, json.dumps({**asdict(self.run), "ratios": ratios}, indent=1) + "\n")
 
     def _is_installed(self, name: str) -> bool:
         lacking = missing(name, self._pythons)
@@ -255,18 +249,6 @@ class Bench:
                 except WorkerError as error:
                     self._leave_out(record, error)
                     records.remove(record)
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside its place first, so that it is never half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def deviation(logits: np.ndarray, reference: np.ndarray) -> float:

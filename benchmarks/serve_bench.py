@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from load import report
 from load.requests import material_of
 from load.scenarios import SCENARIOS, Bench
 from load.servers import KINDS, OURS
-from tqdm import tqdm
+from output import check_json, say, write
 from workers import WorkerError
 
 import command_line
@@ -92,15 +91,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         picture.check(options.plot, "requirements/bench.txt")
         if "closed" not in options.scenario:
             raise UsageError("expected --plot with --scenario closed: it draws that")
-    path = options.json
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
-        raise UsageError(f"expected --json to be a file in a writable folder but got {path}")
+    check_json(options.json)
     return options
-
-
-def say(message: str) -> None:
-    """A line on standard error, above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
 
 
 def carry_out(options: argparse.Namespace) -> int:
@@ -117,7 +109,7 @@ def carry_out(options: argparse.Namespace) -> int:
             finally:
                 bench.close()
             if options.json is not None:
-                options.json.write_text(json.dumps(asdict(run), indent=1) + "\n")
+                write(options.json, json.dumps(asdict(run), indent=1) + "\n")
     if not run.rows and not run.answers:
         raise UsageError("nothing could be measured")
     if options.plot is not None:

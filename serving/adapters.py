@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from adapters.lora import digest_of
+
 
 class AdapterDecoder(Protocol):
     """What slots need of a decoder."""
@@ -35,10 +37,7 @@ class Adapter:
 
     @functools.cached_property
     def key(self) -> bytes:
-        digest = hashlib.sha256()
-        for each in self.tables:
-            digest.update(b"none" if each is None else repr(each.shape).encode() + np.ascontiguousarray(each).tobytes())
-        return digest.digest()
+        return digest_of(self.tables)
 
     def salted(self, salt: bytes) -> bytes:
         """A salt for prompts that are computed with this adapter, out of their own."""

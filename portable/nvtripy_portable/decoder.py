@@ -160,20 +160,27 @@ class Decoder:
         Raises:
             ValueError: there is no such slot, or the matrices do not fit the tables.
         """
-        if not 1 <= slot <= self.slots:
-            raise ValueError(f"expected a slot from 1 to {self.slots} but got {slot}")
-        given = [None] * len(self._adapters) if matrices is None else list(matrices)
-        if len(given) != len(self._adapters):
-            raise ValueError(f"expected {len(self._adapters)} matrices but got {len(given)}")
-        for table, matrix in zip(self._adapters, given, strict=True):
+        self.put_adapter(self._adapters, slot, matrices)
+        self._empty[slot] = matrices is None
+
+    @staticmethod
+    def put_adapter(tables: Sequence[np.ndarray], slot: int, matrices: Sequence[np.ndarray | None] | None) -> None:
+        """Writes an adapter into its slot of a model's tables (slots, layers, rank, width), as :meth:`set_adapter`
+        does."""
+        slots = len(tables[0]) - 1 if tables else 0
+        if not 1 <= slot <= slots:
+            raise ValueError(f"expected a slot from 1 to {slots} but got {slot}")
+        given = [None] * len(tables) if matrices is None else list(matrices)
+        if len(given) != len(tables):
+            raise ValueError(f"expected {len(tables)} matrices but got {len(given)}")
+        for table, matrix in zip(tables, given, strict=True):
             layers, rank, width = table.shape[1:]
             if matrix is not None and (matrix.shape[::2] != (layers, width) or matrix.shape[1] > rank):
                 raise ValueError(f"expected a matrix of at most {table.shape[1:]} but got {matrix.shape}")
-        for table, matrix in zip(self._adapters, given, strict=True):
+        for table, matrix in zip(tables, given, strict=True):
             table[slot] = 0
             if matrix is not None:
                 table[slot, :, : matrix.shape[1]] = matrix
-        self._empty[slot] = matrices is None
 
     def step(self, pieces: Sequence[Piece]) -> np.ndarray:
         """The logits that the pieces ask for, float32 (rows, vocabulary), in the order of the pieces. Their keys and

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError
-from adapters.lora import Base, read_lora
+from adapters.lora import Base, Lora, read_lora
 from serving.adapters import Adapter
 
 
@@ -41,11 +41,18 @@ class AdapterNames:
         Raises:
             AdapterError: it cannot be used.
         """
-        lora = read_lora(path, self._base)
+        return self.add(name, read_lora(path, self._base))
+
+    def add(self, name: str, lora: Lora) -> Named:
+        """Puts an adapter under a name.
+
+        Raises:
+            AdapterError: the engine has no room for its rank.
+        """
         for rank, room in zip(lora.ranks, self._ranks, strict=True):
             if rank > room:
                 raise AdapterError(
-                    f"{path}: expected a rank of at most that of --max-lora-rank but got {rank}, of {room}"
+                    f"{lora.name}: expected a rank of at most that of --max-lora-rank but got {rank}, of {room}"
                 )
         adapter = Adapter(name, lora.tables(self._ranks))
         _ = adapter.key  # which takes some milliseconds: here, and not where the engine waits for it

@@ -67,7 +67,7 @@ def serve(service: Service, listener: socket.socket, key: str | None, options: a
 
 
 def _run(main: Coroutine[object, object, None]) -> None:
-    """On uvloop where it is installed: it takes half the time for a token."""
+    """On uvloop where it is installed."""
     try:
         import uvloop
     except ImportError:  # Windows has none
