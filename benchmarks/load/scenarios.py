@@ -185,9 +185,9 @@ async def single(bench: Bench) -> None:
         for number in range(bench.options.runs + 1):
             prompt = bench.material.prompt(random, length)
             answered = await _alone(server, Asked((-2, number), prompt, length, new))
-            served = (answered.tokens - 1) / (answered.moments[-1] - answered.moments[0])
+            served = answered.tokens / (answered.moments[-1] - answered.sent)
             [moments, *_] = worker.call("turn", [list(range(length))], new)
-            alone = (len(moments) - 1) / (moments[-1] - moments[0])
+            alone = len(moments) / moments[-1]
             if number:  # the first is for warming up
                 shares.append(served / alone)
                 rates.append(served)

@@ -233,12 +233,14 @@ class Connections:
             accepted.close()
 
     def _make_room(self, count: int) -> bool:
-        """Ends connections that wait for a request, and owe no part of an answer. Whether there were any."""
+        """Ends connections that wait for a request, and owe no part of an answer; with an answer, for one whose client
+        is about to send its request. Whether there were any."""
         waiting = (connection for connection in self.idle if connection.transport.get_write_buffer_size() == 0)
         oldest = list(itertools.islice(waiting, count))
         for connection in oldest:
             del self.idle[connection]
-            connection.transport.abort()
+            connection.transport.write(_FULL)
+            connection.transport.abort()  # at once: it is out, or the client has stopped reading
         return bool(oldest)
 
     def _pause(self) -> None:
