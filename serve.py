@@ -242,6 +242,7 @@ def build_service(options: argparse.Namespace) -> Service:
         max_tokens=options.max_step_tokens,
         max_queue=options.max_queue,
         sharing=opened.can_share and not options.no_prefix_cache,
+        branching=opened.can_share,
         speculation=speculation,
     )
     name = options.served_model_name or _name(options)

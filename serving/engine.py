@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,10 +21,11 @@ from generation import LogitsError
 from nvtripy_portable.decoder import Piece
 from nvtripy_portable.pages import PagePool
 from serving.adapters import Adapter, AdapterSlots
+from serving.beams import BeamSearch
 from serving.drawing import Drawer, scores
 from serving.pages import SharedPages
 from serving.scheduler import Scheduler, Work
-from serving.sequence import Sequence, State, Update
+from serving.sequence import BeamGroup, Sequence, State, Update
 from serving.settings import RequestError, SamplingSettings
 from serving.speculation import Speculation
 from serving.text import AnswerText, Certain
@@ -102,6 +103,7 @@ class ServingEngine:
         max_tokens: Of one step.
         max_queue: Answers that may wait; None: any number.
         sharing: Whether prompts that begin alike share pages.
+        branching: Whether the decoder's sequences can go on from each other's pages, which beams do.
         speculation: Guesses tokens, if anything does.
     """
 
@@ -115,6 +117,7 @@ class ServingEngine:
         max_tokens: int = 512,
         max_queue: int | None = None,
         sharing: bool = True,
+        branching: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
         self.decoder, self.tokenizer, self.endings = decoder, tokenizer, endings
@@ -123,7 +126,7 @@ class ServingEngine:
         self.scheduler = Scheduler(self.pages, decoder.context, decoder.window, max_sequences, max_tokens, slots)
         self.counters = Counters()
         self.max_queue = max_queue
-        self._sharing, self._speculation = sharing, speculation
+        self._sharing, self._branching, self._speculation = sharing, branching, speculation
         self._deliver = deliver
         self._numbers = itertools.count()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -131,7 +134,7 @@ class ServingEngine:
         self._wake = threading.Condition()
         self._is_ending = self._is_draining = False
         self._outbox: list[tuple[Ticket, Update]] = []
-        self._ticket_of: dict[Sequence, Ticket] = {}
+        self._ticket_of: dict[Sequence | BeamGroup, Ticket] = {}
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="serving engine", daemon=True)
 
@@ -177,7 +180,8 @@ class ServingEngine:
         """Hands in a request; its updates are delivered.
 
         Args:
-            choices: How many answers, numbered from 0; each draws with a number of its own.
+            choices: How many answers, numbered from 0; each draws with a number of its own. Of a search they are the
+                best ones.
             priority: Smaller ones come first.
             salt: Only prompts with the same one share pages.
             first: The number with which the first of them draws, the next with the next one: more answers to a prompt
@@ -208,6 +212,8 @@ class ServingEngine:
                 f"expected allowed_token_ids to have ids that end nothing, for the first {settings.min_tokens} tokens",
                 "allowed_token_ids",
             )
+        if settings.beams is not None:
+            settings = self._searchable(settings, prompt, len(endings), choices)
         ticket = Ticket()
         number = next(self._numbers)
         keys = self.pages.keys(prompt, salt if adapter is None else adapter.salted(salt))
@@ -217,6 +223,9 @@ class ServingEngine:
             order = (priority, number, choice)
             sequence = Sequence(order, choice, prompt, settings, endings, drawer, text, keys, adapter)
             ticket.sequences.append(sequence)
+        if settings.beams is not None:
+            search = BeamSearch(settings.beams, endings, settings.max_tokens, settings.logprobs)
+            BeamGroup.of(search, ticket.sequences, settings.beams.beams)
         with self._wake:
             waiting = self.waiting
             if self._is_draining or (self.max_queue is not None and waiting + choices > self.max_queue):
@@ -225,6 +234,31 @@ class ServingEngine:
             self._inbox.append(lambda: self._accept(ticket))
             self._wake.notify()
         return ticket
+
+    def _searchable(
+        self, settings: SamplingSettings, prompt: list[int], endings: int, choices: int
+    ) -> SamplingSettings:
+        """The settings of a search that can be carried out. One beam is greedy search.
+
+        Raises:
+            RequestError: there are fewer beams than answers, or no room for the beams.
+        """
+        assert settings.beams is not None
+        beams, vocabulary = settings.beams.beams, self.decoder.vocabulary
+        if choices > beams:
+            raise RequestError(f"expected at most {beams} answers, one of each beam, but got {choices}", "n")
+        if beams == 1 or settings.max_tokens == 0:
+            return replace(settings, beams=None, temperature=0.0)
+        if not self._branching:
+            raise RequestError("beams need pages, which this runtime does not have: leave num_beams out", "num_beams")
+        if settings.beams.candidates(endings) > vocabulary:
+            most = vocabulary // (settings.beams.candidates(endings) // beams)
+            raise RequestError(
+                f"expected at most {most} beams, for {vocabulary} tokens and {endings} endings, but got {beams}",
+                "num_beams",
+            )
+        self.scheduler.check_room(beams, len(prompt), settings.max_tokens)
+        return settings
 
     def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
         """Ends a request, or one of its answers, wherever it is. Nothing more is delivered of it from the next step on,
@@ -276,8 +310,12 @@ class ServingEngine:
             self._ticket_of[sequence] = ticket
         for follower in followers:
             follower.state = State.FOLLOWING
-        leader.followers = followers
-        self.scheduler.add(leader)
+        if leader.group is not None:
+            leader.state, self._ticket_of[leader.group] = State.FOLLOWING, ticket
+            self.scheduler.add(leader.group.beams[0])
+        else:
+            leader.followers = followers
+            self.scheduler.add(leader)
 
     def _cancel(self, ticket: Ticket, choice: int | None) -> None:
         for sequence in ticket.sequences:
@@ -293,7 +331,7 @@ class ServingEngine:
         self.counters.steps += 1
         now = time.perf_counter()
         for each in work:
-            ticket = self._ticket_of[each.sequence]
+            ticket = self._ticket_of[each.sequence.group or each.sequence]
             ticket.started = ticket.started or now
         try:
             logits = self.decoder.step(
@@ -305,7 +343,8 @@ class ServingEngine:
             return
         row = 0
         for each in work:
-            self._take(each, logits[row : row + len(each.rows)])
+            if each.sequence.state is State.RUNNING:  # beams may have put it aside meanwhile
+                self._take(each, logits[row : row + len(each.rows)])
             row += len(each.rows)
 
     def _take(self, work: Work, logits: np.ndarray) -> None:
@@ -318,9 +357,14 @@ class ServingEngine:
             if sequence.scores_prompt and not work.is_generated:
                 self._score_prompt(work, logits)
             self.scheduler.computed(work, kept)
+            if sequence.group is not None and sequence.followers and sequence.computed == len(sequence.prompt):
+                self._copy(self.scheduler.rejoin(sequence))
             if sequence.computed < sequence.length or not len(logits):
                 return  # there is more of it to compute
-            if kept == 1 and work.is_generated:
+            if sequence.group is not None:
+                sequence.logits = logits[-1]
+                self._advance(sequence.group)
+            elif kept == 1 and work.is_generated:
                 self._verify(work, logits)
             else:
                 self._draw(sequence, logits[-1])
@@ -366,8 +410,7 @@ class ServingEngine:
         if sequence.text.stop is not None:
             self._end(sequence, "stop", certain, sequence.text.stop)
         elif count >= settings.max_tokens or sequence.length > self.decoder.context:
-            rest = sequence.text.finish()
-            whole = Certain(certain.text + rest.text, certain.ids + rest.ids, certain.offsets + rest.offsets)
+            whole = certain + sequence.text.finish()
             found = sequence.text.stop
             self._end(sequence, "length" if found is None else "stop", whole, found)
         else:
@@ -385,12 +428,38 @@ class ServingEngine:
                 continue
             copies = self.scheduler.fork(leader, follower)
             if copies is not None:
-                for source, target in copies:
-                    self.decoder.copy(source, target)
+                self._copy(copies)
                 try:
                     self._draw(follower, logits)
                 except LogitsError as error:
                     self._fail(follower, error)
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        for source, target in copies:
+            self.decoder.copy(source, target)
+
+    def _advance(self, group: BeamGroup) -> None:
+        """Takes a search one token further, once the logits of all its beams are there."""
+        rows = [beam.logits for beam in group.beams if beam.logits is not None]
+        if len(rows) < len(group.beams):
+            return
+        parents = group.search.advance(rows)
+        ticket = self._ticket_of[group]
+        ticket.first_token = ticket.first_token or time.perf_counter()
+        if not group.search.is_over:
+            self._copy(self.scheduler.regroup(group, parents))
+            return
+        computed = group.beams[0]
+        for answer, found in zip(group.answers, group.search.found, strict=False):
+            if answer.state is not State.FINISHED:
+                answer.generated, answer.waiting_scores = found.hypothesis.ids, found.hypothesis.scores
+                answer.cached, answer.prompt_scores = computed.cached, computed.prompt_scores
+                self.counters.generated_tokens += len(answer.generated)
+                last = answer.generated[-1]
+                is_ended, is_own = last in answer.endings, last in answer.settings.stop_token_ids
+                certain = answer.text.whole(answer.generated, is_ended)
+                self._end(answer, "stop" if is_ended else "length", certain, last if is_own else None)
+                self._outbox[-1][1].search_score = found.score
 
     def _score_prompt(self, work: Work, logits: np.ndarray) -> None:
         sequence = work.sequence
@@ -422,7 +491,10 @@ class ServingEngine:
         del self._ticket_of[sequence]
         if self._speculation is not None:
             self._speculation.forget(sequence)
-        if reason in ("cancelled", "error"):
+        if sequence.group is not None and ticket.is_finished:
+            self.scheduler.disband(sequence.group)
+            del self._ticket_of[sequence.group]
+        elif reason in ("cancelled", "error"):
             self._succeed(sequence)
 
     def _succeed(self, leader: Sequence) -> None:
@@ -434,7 +506,9 @@ class ServingEngine:
             self.scheduler.add(followers[0])
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        if sequence.state is not State.FINISHED:
-            self._end(sequence, "error", Certain(""))
-            update = self._outbox[-1][1]
-            update.error, update.cause = str(error) or type(error).__name__, error
+        """Ends an answer, or those of a beam's search."""
+        for answer in [sequence] if sequence.group is None else sequence.group.answers:
+            if answer.state is not State.FINISHED:
+                self._end(answer, "error", Certain(""))
+                update = self._outbox[-1][1]
+                update.error, update.cause = str(error) or type(error).__name__, error

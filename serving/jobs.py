@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 import text_file
 from command_line import UsageError
 from response import encode_prompt
-from serving.settings import RequestError, SamplingSettings
+from serving.settings import BeamSettings, RequestError, SamplingSettings
 from tokenizer import Tokenizer, UnknownCharacterError
 
 NO_ADAPTER = -1  # as TensorRT-LLM's examples number it
@@ -44,7 +44,14 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "presence_penalty": _NUMBER,
     "stop": ((str, list), "a text or a list of texts"),
     "lora_task_id": _INTEGER,
+    "num_beams": _INTEGER,
+    "length_penalty": _NUMBER,
+    "early_stopping": ((bool, str), "true, false or a text"),
 }
+
+
+#: Those of a search for the likeliest answers, and what they set.
+_SEARCH = {"num_beams": "beams", "length_penalty": "length_penalty", "early_stopping": "early_stopping"}
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,25 @@ class Request:
     custom_id: str | int | None = None
     adapter: int = NO_ADAPTER
 
+    @property
+    def width(self) -> int:
+        """How many sequences it takes at most, at the same time."""
+        beams = self.settings.beams
+        return self.choices if beams is None else beams.beams
+
 
 class Jobs(Protocol):
     """Where requests come from.
 
     Attributes:
         count, answers: How many requests and answers there are; of a file, once :meth:`check` has counted them.
+        sequences: How many sequences they take, ``beams`` of them at once for the widest search, or one.
     """
 
     count: int
     answers: int
+    sequences: int
+    beams: int
 
     def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
         """Looks at all of them, so that what is wrong with any is known before anything is computed.
@@ -112,6 +128,8 @@ class Prompts:
         self._prompts, self._settings, self._choices, self._path = prompts, settings, choices, path
         self._adapters = adapters or [NO_ADAPTER] * len(prompts)
         self.count, self.answers = len(prompts), len(prompts) * choices
+        self.beams = 1 if settings.beams is None else settings.beams.beams
+        self.sequences = len(prompts) * max(choices, self.beams)
 
     def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
         """As of :class:`Jobs`."""
@@ -160,7 +178,8 @@ class JobFile:
     def __init__(self, path: Path, usual: SamplingSettings, choices: int, adapters: int = 0) -> None:
         self.path, self.usual, self.choices = path, usual, choices
         self._adapters = adapters
-        self.count = self.answers = 0
+        self.count = self.answers = self.sequences = 0
+        self.beams = 1
         self.digest = ""
         try:
             self._file: BinaryIO = path.open("rb")
@@ -186,6 +205,9 @@ class JobFile:
             digest.update(line)
             digest.update(repr(request.ids).encode())
             self.count, self.answers = index + 1, self.answers + request.choices
+            self.sequences += request.width
+            if request.settings.beams is not None:
+                self.beams = max(self.beams, request.width)
             told(len(line))
         if self.count == 0:
             raise UsageError(f"expected a JSON object on each line of {self.path} but the file is empty")
@@ -227,9 +249,12 @@ class JobFile:
             own["stop"] = (own["stop"],) if isinstance(own["stop"], str) else tuple(own["stop"])
         if own.get("top_k") == 0:  # as of --top-k
             own["top_k"] = None
-        settings = replace(self.usual, **own)
+        searched = {_SEARCH[name]: value for name, value in fields.items() if name in _SEARCH}
         try:
+            settings = replace(_searching(self.usual, searched), **own)
             settings.check(vocabulary)
+            if settings.beams is not None and choices > settings.beams.beams:
+                raise RequestError(f"expected n to be at most num_beams ({settings.beams.beams}) but got {choices}")
             ids = encode_prompt(fields["prompt"], tokenizer, context)
         except (RequestError, UsageError, UnknownCharacterError) as error:
             raise UsageError(f"{error} on {where}") from None
@@ -240,6 +265,21 @@ class JobFile:
 def described_adapters(count: int) -> str:
     """The numbers that adapters can have, in words."""
     return f"{NO_ADAPTER} (none)" + (f" to {count - 1}" if count else ", as there is no --lora,")
+
+
+def _searching(usual: SamplingSettings, searched: dict[str, Any]) -> SamplingSettings:
+    """What a line does not say, where it says so of a search. Where there is one, what it cannot heed is not usual.
+
+    Raises:
+        RequestError: there is no search that it could speak of.
+    """
+    if usual.beams is None and "beams" not in searched:
+        if searched:
+            raise RequestError(f"expected num_beams with {next(iter(searched))}")
+        return usual
+    neutral: dict[str, Any] = {"temperature": 0.0, "top_k": None, "top_p": None, "stop": ()}
+    beams = BeamSettings(**searched) if usual.beams is None else replace(usual.beams, **searched)
+    return replace(usual, **neutral, beams=beams)
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
@@ -259,7 +299,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
         if name not in _FIELDS:
             raise UsageError(f"unknown field {_shown(name)} on {where}: expected {', '.join(_FIELDS)}")
         types, described = _FIELDS[name]
-        is_right = isinstance(value, types) and not isinstance(value, bool)
+        is_right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         if isinstance(value, list):
             is_right = is_right and all(isinstance(each, str) for each in value)
         if value is not None and not is_right:

@@ -6,7 +6,6 @@ the caller's thread: whoever asks for no more gets no more computed.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -30,12 +29,14 @@ class Answer:
         sample: Its number among the request's answers.
         tokens: How many it has so far, the one that ended it included.
         finish_reason: "stop", "length" or "error" once it has ended, else None.
+        score: What it is worth, where it was searched for.
     """
 
     def __init__(self, request: Request, sample: int, engine: OfflineEngine) -> None:
         self.request, self.sample = request, sample
         self.tokens = 0
         self.finish_reason: str | None = None
+        self.score: float | None = None
         self._error: Exception | None = None
         self._text = ""  # that was not handed out yet
         self._engine = engine
@@ -59,6 +60,7 @@ class Answer:
     def take(self, update: Update, tokens: int) -> None:
         """Is told what a step has brought it."""
         self._text += update.text
+        self.score = update.search_score
         self.tokens, self.finish_reason, self._error = tokens, update.finish_reason, update.cause
 
 
@@ -93,6 +95,7 @@ class OfflineEngine:
             self._take,
             max_sequences=max_sequences,
             sharing=opened.can_share,
+            branching=opened.can_share,
             speculation=speculation,
         )
         self.counters = self._engine.counters
@@ -137,7 +140,9 @@ class OfflineEngine:
             self._ahead += answers
 
     def _take(self, updates: list[tuple[Ticket, Update]]) -> None:
-        self.first_token = self.first_token or time.perf_counter()
+        # What is searched for is told at the end only.
+        first = (ticket.first_token for ticket, _ in updates if ticket.first_token)
+        self.first_token = self.first_token or min(first, default=0.0)
         for ticket, update in updates:
             answers = self._answers_of[ticket]
             answers[update.choice].take(update, len(ticket.sequences[update.choice].generated))

@@ -45,11 +45,13 @@ def open_model(
     engines: EngineFolder | Path | None,
     report: Callable[[str], None],
     room: AdapterRoom | None = None,
+    least_sequences: int = 1,
 ) -> OpenedModel:
     """The checkpoint's model over pages or, where NVIDIA's runtime runs it, over ``max_sequences`` rows, or as many as
     the memory of those pages would hold.
 
     Args:
+        least_sequences: As many whole contexts it has to hold at least.
         cache_bytes: For keys and values; at least a whole context's. None: 1 GiB, or what all sequences can fill.
         room: For adapters.
 
@@ -62,8 +64,8 @@ def open_model(
     config = config_of(checkpoint, dtype)
     layers, two, _, heads, context, size = config.cache_shape(1)
     page_bytes = layers * two * heads * min(PAGE_TOKENS, context) * size * config.cache_dtype.itemsize
-    least = math.ceil(context / PAGE_TOKENS)
-    wanted = max_sequences * least
+    whole = math.ceil(context / PAGE_TOKENS)
+    wanted, least = max_sequences * whole, least_sequences * whole
     pages = min(wanted, max(DEFAULT_CACHE // page_bytes, least)) if cache_bytes is None else cache_bytes // page_bytes
     if pages < least:
         raise UsageError(
@@ -76,7 +78,7 @@ def open_model(
         return OpenedModel(decoder, True)
     from serving.slots import SlotDecoder
 
-    static = open_engine(checkpoint, dtype, min(max_sequences, pages // least), engines, report, room)
+    static = open_engine(checkpoint, dtype, min(max_sequences, pages // whole), engines, report, room)
     return OpenedModel(SlotDecoder(static, config.vocab_size), False)
 
 

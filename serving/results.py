@@ -63,7 +63,8 @@ def _choice(answer: Answer) -> dict[str, Any]:
             text += piece
     except LogitsError as reason:
         error = {"error": str(reason)}
-    return {"index": answer.sample, "text": text, "finish_reason": answer.finish_reason, **error}
+    score = {} if answer.score is None else {"score": answer.score}
+    return {"index": answer.sample, "text": text, "finish_reason": answer.finish_reason, **score, **error}
 
 
 def _has_error(result: dict[str, Any]) -> bool:

@@ -5,6 +5,9 @@ sequences come first, those that generate before those whose prompt is not finis
 the order in which they came, as far as budget and pages go. Where pages run out, the sequence that came last is put
 aside: it gives up its pages and is computed again later, each token in the role that it had, so that nothing of it
 changes (as vLLM does it; Kwon et al. 2023, section 4.5).
+
+The beams of a search are sequences that have pages in common: those that are full. They are put aside together; then
+one of them computes the prompt again for all.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from dataclasses import dataclass
 from nvtripy_portable.pages import PagesExhausted
 from serving.adapters import AdapterSlots
 from serving.pages import SharedPages
-from serving.sequence import Sequence, State
+from serving.sequence import BeamGroup, Sequence, State
+from serving.settings import RequestError
 
 #: Tokens whose logits are all wanted (a prompt's scores) that are computed together: each has a vocabulary of logits.
 SCORED_TOKENS = 64
@@ -84,6 +88,31 @@ class Scheduler:
             self._release(sequence)
         sequence.state = state
 
+    def check_room(self, beams: int, prompt: int, tokens: int) -> None:
+        """Refuses a search that would not fit if it were alone.
+
+        Args:
+            beams: Of it; ``prompt``: tokens of the prompt; ``tokens``: that may be generated.
+
+        Raises:
+            RequestError: there are too few places or pages.
+        """
+        if beams > self.max_sequences:
+            raise RequestError(
+                f"expected at most {self.max_sequences} beams, as many as are computed together, but got {beams}",
+                "num_beams",
+            )
+        # The beams share the pages that are full of the prompt's tokens, and at worst no others. What is generated last
+        # needs no place.
+        shared = prompt // self.pages.page_tokens
+        needed = shared + beams * (self._pages_of(prompt + tokens - 1) - shared)
+        if needed > self.pages.count:
+            raise RequestError(
+                f"{beams} beams of {prompt} and {tokens} tokens may need {needed} pages of {self.pages.page_tokens} "
+                f"tokens, but there are {self.pages.count}: expected fewer beams or tokens",
+                "num_beams",
+            )
+
     def step(self) -> list[Work]:
         """What to compute next; nothing where there is nothing to do."""
         budget, preemptions = self.max_tokens, self.preemptions
@@ -91,13 +120,15 @@ class Scheduler:
         for sequence in [each for each in self.running if each.is_decoding]:
             if sequence.state is State.RUNNING and self._decodes(sequence, work):
                 budget -= len(work[-1].ids)
-        for sequence in [each for each in self.running if not each.is_decoding]:
+        # A beam whose tokens are all computed waits for the others.
+        for sequence in [each for each in self.running if each.computed < each.length and not each.is_decoding]:
             if budget > 0 and sequence.state is State.RUNNING:
                 budget -= self._continues(sequence, budget, work)
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+        # Whoever was put aside just now is not taken back at once.
+        has_room = self.preemptions == preemptions
+        while self.waiting and has_room and budget > 0:
             sequence = self.waiting[0]
-            # Whoever was put aside just now is not taken back at once.
-            if self.preemptions > preemptions or not self._admit(sequence):
+            if self._places(self.running) + self._places([sequence]) > self.max_sequences or not self._admit(sequence):
                 break
             budget -= self._continues(sequence, budget, work)
         # Whoever was put aside while others were given pages has no work any more.
@@ -110,17 +141,77 @@ class Scheduler:
             Pages to copy, as (from, to): a page that is not full is not shared. None where there is no room: the
             follower then waits, and computes all by itself.
         """
-        full = leader.computed // self.pages.page_tokens
-        partial = leader.pages[full:]
-        if len(self.running) >= self.max_sequences:
+        if self._places(self.running) >= self.max_sequences:
             self.add(follower)
             return None
         try:
-            own = self.pages.take(len(partial))
+            return self._share(leader, follower)
         except PagesExhausted:
             self.add(follower)
             return None
-        kept = leader.pages[:full]
+
+    def regroup(self, group: BeamGroup, parents: list[int]) -> list[tuple[int, int]]:
+        """Lets a search go on: its live continuations have beams from now on.
+
+        Args:
+            parents: From which beam each of them goes on.
+
+        Returns:
+            Pages to copy, as (from, to). None of them where there was no room: then the search is put aside.
+        """
+        before = group.beams
+        for index, beam in enumerate(before):
+            if index not in parents:
+                self.remove(beam)
+        taken = {beam.order[2] for beam in before if beam.state is State.RUNNING}
+        free = (number for number in range(group.width) if number not in taken)
+        beams, sources = [], []
+        for place, parent in enumerate(parents):
+            is_first = parent not in parents[:place]
+            beams.append(before[parent] if is_first else before[parent].branch(next(free)))
+            sources.append(before[parent])
+        for beam, hypothesis in zip(beams, group.search.live, strict=True):
+            beam.generated, beam.logits = hypothesis.ids, None
+        group.beams = beams
+        return self._branch(group, sources)
+
+    def rejoin(self, leader: Sequence) -> list[tuple[int, int]]:
+        """Lets the beams of a search that was put aside go on from the prompt, which one of them has computed; as
+        :meth:`regroup`."""
+        leader.followers, group = [], leader.group
+        assert group is not None
+        return self._branch(group, [leader] * len(group.beams))
+
+    def disband(self, group: BeamGroup) -> None:
+        """A search is over."""
+        for beam in group.beams:
+            self.remove(beam)
+
+    def _branch(self, group: BeamGroup, sources: list[Sequence]) -> list[tuple[int, int]]:
+        """Gives pages to those beams of a group that have none, each from its source."""
+        copies = []
+        for beam, source in zip(group.beams, sources, strict=True):
+            if beam is source:
+                continue
+            while source.computed % self.pages.page_tokens and not self.pages.available:
+                self._preempt(self.running[-1])
+                if source.state is not State.RUNNING:
+                    return []
+            copies += self._share(source, beam)
+        return copies
+
+    def _share(self, leader: Sequence, follower: Sequence) -> list[tuple[int, int]]:
+        """Gives a sequence the pages of another's computed tokens, a page of its own for that which is not full.
+
+        Returns:
+            Pages to copy, as (from, to).
+
+        Raises:
+            PagesExhausted: there is none.
+        """
+        full = leader.computed // self.pages.page_tokens
+        kept, partial = leader.pages[:full], leader.pages[full : self._pages_of(leader.computed)]
+        own = self.pages.take(len(partial))
         self.pages.hold(page for page in kept if page >= 0)
         follower.pages, follower.computed = [*kept, *own], leader.computed
         follower.slot = self._adapters.hold(follower.adapter) or 0  # the leader's, which has it
@@ -174,7 +265,10 @@ class Scheduler:
         found = self.pages.find(sequence.keys[:shareable])
         last = sequence.length if self.window is None else min(sequence.length, len(found) * page_tokens + self.window)
         needed = self._pages_of(last) - len(found)
-        slot = self._adapters.hold(sequence.adapter) if needed <= self.pages.available else None
+        beside = [] if sequence.group is None else sequence.followers  # beams that will go on from its pages
+        own = [self._pages_of(each.length) - len(each.prompt) // page_tokens for each in beside]
+        has_pages = needed + sum(own) <= self.pages.available
+        slot = self._adapters.hold(sequence.adapter) if has_pages else None
         if slot is None:
             self.pages.release(found)
             return False
@@ -198,9 +292,8 @@ class Scheduler:
         while needed > self.pages.available:
             if not can_preempt:
                 return False
-            last = self.running[-1]
-            self._preempt(last)
-            if last is sequence:
+            self._preempt(self.running[-1])
+            if sequence.state is not State.RUNNING:
                 return False
         if needed > 0:
             sequence.pages += self.pages.take(needed)
@@ -217,12 +310,24 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self.remove(sequence)
-        self.add(sequence)
+        if sequence.group is None:
+            self.remove(sequence)
+            self.add(sequence)
+            return
+        leader, *others = sequence.group.beams
+        for beam in (leader, *others):
+            self.remove(beam, State.FOLLOWING)
+        leader.followers = others
+        self.add(leader)
+
+    def _places(self, sequences: list[Sequence]) -> int:
+        """How many sequences these count as: a search keeps places for all of its beams."""
+        groups = {each.group for each in sequences if each.group is not None}
+        return sum(each.group is None for each in sequences) + sum(group.width for group in groups)
 
     def _release(self, sequence: Sequence) -> None:
         self.pages.release([page for page in sequence.pages if page >= 0])
-        sequence.pages, sequence.computed, sequence.drafted = [], 0, []
+        sequence.pages, sequence.computed, sequence.drafted, sequence.logits = [], 0, [], None
         self._adapters.release(sequence.adapter)
 
     def _pages_of(self, tokens: int) -> int:

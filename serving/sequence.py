@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from serving.adapters import Adapter
+from serving.beams import BeamSearch
 from serving.drawing import Drawer, TokenScores
 from serving.settings import SamplingSettings
 from serving.text import AnswerText
@@ -17,6 +20,7 @@ class State(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FOLLOWING = "following"  # of a request with several answers: the first one computes the prompt for all
+    # Of a search: one of its answers until it is over, or a beam for which another one computes the prompt again.
     FINISHED = "finished"
 
 
@@ -35,6 +39,7 @@ class Update:
         stop_reason: The text or the id that ended the answer, if it was one of the request's own.
         error: Why there is no more of it; ``cause``: the exception that says so.
         cached: How many of the prompt's tokens were found in pages; with the first update.
+        search_score: What the answer is worth, where it was searched for; with the last update.
     """
 
     choice: int
@@ -48,6 +53,7 @@ class Update:
     error: str | None = None
     cause: Exception | None = None
     cached: int = 0
+    search_score: float | None = None
 
     def add(self, later: Update) -> None:
         """Becomes what both have brought, one after the other."""
@@ -59,6 +65,7 @@ class Update:
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
         self.error = self.error or later.error
         self.cached = max(self.cached, later.cached)
+        self.search_score = later.search_score
 
 
 @dataclass(eq=False)
@@ -80,6 +87,8 @@ class Sequence:
         has_told_prompt: Whether an update had them.
         waiting_scores: Of tokens whose text is not certain yet.
         followers: Other answers to the same prompt, which go on from its pages.
+        group: The search that it belongs to, as a beam or as an answer.
+        logits: Of a beam's next token, float32 (V,), until all beams have them.
     """
 
     order: tuple[int, int, int]
@@ -102,6 +111,8 @@ class Sequence:
     has_told_prompt: bool = False
     waiting_scores: list[TokenScores] = field(default_factory=list)
     followers: list[Sequence] = field(default_factory=list)
+    group: BeamGroup | None = None
+    logits: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -117,3 +128,38 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of the prompt's tokens are still to be found."""
         return self.settings.prompt_logprobs is not None and len(self.prompt_scores) < len(self.prompt)
+
+    def branch(self, number: int) -> Sequence:
+        """Another beam with the same tokens, which has no pages yet.
+
+        Args:
+            number: Of the beams of its search that are there, none other has it.
+        """
+        order = (*self.order[:2], number)
+        fresh = {"pages": [], "computed": 0, "followers": [], "logits": None, "state": State.FOLLOWING}
+        return replace(self, order=order, generated=[*self.generated], **fresh)  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class BeamGroup:
+    """A search for the likeliest answers to a prompt.
+
+    Attributes:
+        answers: What is told of it, the best first, once it is over.
+        beams: What is computed for it: one sequence for the prompt, then one for each continuation that is live, in the
+            order of ``search.live``. They run together or not at all.
+        width: How many of them there can be.
+    """
+
+    search: BeamSearch
+    answers: list[Sequence]
+    beams: list[Sequence]
+    width: int
+
+    @staticmethod
+    def of(search: BeamSearch, answers: list[Sequence], width: int) -> BeamGroup:
+        """The group that a search begins with: all that it computes is the prompt."""
+        group = BeamGroup(search, answers, [answers[0].branch(0)], width)
+        for each in (*answers, *group.beams):
+            each.group = group
+        return group

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 from generation import MAX_SEED
+
+MAX_BEAMS = 64  # of a search, which are computed together
 
 
 class RequestError(Exception):
@@ -18,6 +21,42 @@ class RequestError(Exception):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """A search for the likeliest answers, in the place of drawing them.
+
+    Attributes:
+        beams: How many continuations are kept; 1 is greedy search, which ends with the first ending.
+        length_penalty: A continuation is worth its log-probability divided by its length to this power: above 0 longer
+            ones are preferred, below 0 shorter ones.
+        early_stopping: When ``beams`` continuations have ended, True: the search does, too; False: it does where the
+            best that goes on would be worth no more if it ended at its present length; "never": where it would be so at
+            any length that it may still have.
+    """
+
+    beams: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def candidates(self, endings: int) -> int:
+        """Of how many continuations by one token those are chosen that go on: enough, whichever end."""
+        return max(2, 1 + endings) * self.beams
+
+    def check(self) -> None:
+        """Refuses what is out of its range.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        _within("num_beams", self.beams, 1, MAX_BEAMS)
+        _within("length_penalty", self.length_penalty, -10, 10)
+        if self.early_stopping not in (True, False, "never"):
+            raise RequestError(
+                f"expected early_stopping to be true, false or 'never' but got {self.early_stopping!r}",
+                "early_stopping",
+            )
 
 
 @dataclass(frozen=True)
@@ -44,6 +83,7 @@ class SamplingSettings:
         logprobs: Of how many of the likeliest tokens, beside the chosen one, log-probabilities are wanted; None: of
             none at all. They are the model's own, before anything above.
         prompt_logprobs: The same for the prompt's tokens.
+        beams: The likeliest answers are searched for; then nothing that changes logits or draws has a meaning.
     """
 
     seed: int = 0
@@ -64,6 +104,7 @@ class SamplingSettings:
     include_stop: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    beams: BeamSettings | None = None
 
     def check(self, vocabulary: int) -> None:
         """Refuses what is out of its range.
@@ -93,6 +134,24 @@ class SamplingSettings:
             raise RequestError("expected allowed_token_ids to have at least one id but got none", "allowed_token_ids")
         if "" in self.stop:
             raise RequestError("expected stop to be texts but got an empty one", "stop")
+        if self.beams is not None:
+            self.beams.check()
+            self._check_alone_with_beams()
+
+    def _check_alone_with_beams(self) -> None:
+        """Refuses what a search for the likeliest answers cannot heed."""
+        neutral = SamplingSettings()
+        for name in (
+            *("top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias"),
+            *("allowed_token_ids", "min_tokens", "stop"),
+        ):
+            if getattr(self, name) != getattr(neutral, name):
+                raise RequestError(f"{name} has no meaning with beams, which are not drawn: leave it out", name)
+        if self.temperature not in (0.0, 1.0):
+            raise RequestError(
+                f"temperature has no meaning with beams: expected 0, 1 or none but got {self.temperature}",
+                "temperature",
+            )
 
 
 def _within(name: str, value: float | None, least: float, most: float | None, above: bool = False) -> None:

@@ -94,7 +94,7 @@ class Speculation:
         if len(running) > self._max_sequences:
             return
         for sequence in running:
-            if sequence.is_decoding:
+            if sequence.is_decoding and sequence.group is None:
                 left = sequence.settings.max_tokens - len(sequence.generated) - 1
                 count = min(self._lengths.get(sequence, self._most), left)
                 sequence.drafted = self._guesser.guess(sequence, count) if count > 0 else []

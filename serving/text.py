@@ -20,6 +20,10 @@ class Certain:
     ids: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
 
+    def __add__(self, other: Certain) -> Certain:
+        """The two, one behind the other."""
+        return Certain(self.text + other.text, self.ids + other.ids, self.offsets + other.offsets)
+
 
 class AnswerText:
     """The text of one answer, piece by piece, and where in it each token begins.
@@ -57,6 +61,13 @@ class AnswerText:
         if ending is not None:
             self._waiting.append((ending, self._response.received))
         return self._certain(self._response.finish())
+
+    def whole(self, ids: list[int], is_ended: bool) -> Certain:
+        """All of an answer at once, the last of whose tokens has ended it, or not."""
+        certain = Certain("")
+        for id in ids[: len(ids) - is_ended]:
+            certain += self.push(id)
+        return certain + self.finish(ids[-1] if is_ended else None)
 
     def _certain(self, text: str) -> Certain:
         self._length += len(text)

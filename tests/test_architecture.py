@@ -40,9 +40,16 @@ PROGRAMS = (
     "web.cards",
     "web.side_by_side",
     "web.proxies",
+    "summarize",
+    "summarizing.peer",
+    "summarizing.table",
+    "summarizing.rouge",
+    "summarizing.articles",
     "example",
+    "generation_options",
     # Many prompts: from files of them to files of answers, on the scheduler that serves.
     "serving.results",
+    "serving.searching",
     "serving.offline",
     "serving.jobs",
     "serving.opening",
@@ -54,6 +61,7 @@ PROGRAMS = (
     "serving.pages",
     "serving.sequence",
     "serving.adapters",
+    "serving.beams",
     "serving.drawing",
     "serving.text",
     "serving.settings",
@@ -302,7 +310,7 @@ def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
 
 def test_every_module_has_its_place() -> None:
     """A new file has to be put somewhere in the order above before anything else can be said about it."""
-    packages = ("adapters", "evaluation", "loading", "quantizing", "serving", "tokenizing", "training", "web")
+    packages = ("adapters", "evaluation", "loading", "quantizing", "serving", "summarizing", "tokenizing", "training", "web")
     files = [*ROOT.glob("*.py"), *(file for package in packages for file in (ROOT / package).rglob("*.py"))]
     assert {file for file in files if file.name != "__init__.py"} == set(map(program_file, PROGRAMS))
     assert {room_of(file) for file in portable_files()} == {*ROOMS, *DOOR}

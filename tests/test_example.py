@@ -42,6 +42,7 @@ from tiny_checkpoints import (
 
 import example
 import generation
+import generation_options
 import tokenizer
 from command_line import EMBEDDED_CHECKPOINT
 from response import Response
@@ -972,9 +973,9 @@ def test_prompts_from_windows(
     content: bytes, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "prompts").write_bytes(content)
-    assert example.read_prompts(example.parse_arguments([f"--batch={tmp_path / 'prompts'}"])) == prompts
+    assert generation_options.read_prompts(example.parse_arguments([f"--batch={tmp_path / 'prompts'}"])) == prompts
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert example.read_prompts(example.parse_arguments([])) == ["\n".join(prompts)]
+    assert generation_options.read_prompts(example.parse_arguments([])) == ["\n".join(prompts)]
 
 
 def test_prompt_from_a_pipe_that_is_not_utf8(answer: list[object]) -> None:

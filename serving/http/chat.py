@@ -122,7 +122,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         most = max(service.engine.decoder.context + 1 - len(ids), 1)
     choices = asked.n or 1
     settings = service.settings(
-        asked, most, (asked.top_logprobs or 0) if asked.logprobs else None, asked.prompt_logprobs
+        asked, most, (asked.top_logprobs or 0) if asked.logprobs else None, asked.prompt_logprobs, choices
     )
     plan = Plan(
         [ids],

@@ -47,9 +47,12 @@ async def create_completion(service: Service, request: Request) -> Response:
     prompt_scores = asked.prompt_logprobs
     if asked.echo and asked.logprobs is not None:
         prompt_scores = max(asked.logprobs, prompt_scores or 0)
+    beams = best_of
+    if asked.use_beam_search:  # which tells the best ones itself
+        best_of = choices
     ranks_by_probability = best_of > choices and asked.logprobs is None
     scores = 0 if ranks_by_probability else asked.logprobs
-    settings = service.settings(asked, most, scores, prompt_scores)
+    settings = service.settings(asked, most, scores, prompt_scores, beams)
     plan = Plan(
         prompts,
         settings,

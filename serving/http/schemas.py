@@ -41,6 +41,9 @@ class _Sampling(Struct, forbid_unknown_fields=True, kw_only=True):
     return_token_ids: bool = False
     cache_salt: str | None = None
     priority: int = 0
+    use_beam_search: bool = False
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None

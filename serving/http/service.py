@@ -13,7 +13,7 @@ from serving.http.bridge import Bridge
 from serving.http.errors import ApiError
 from serving.http.metrics import Metrics
 from serving.http.schemas import ChatRequest, CompletionRequest
-from serving.settings import SamplingSettings
+from serving.settings import BeamSettings, SamplingSettings
 from tokenizer import Tokenizer, UnknownCharacterError
 from weight_loader import CheckpointError
 
@@ -82,11 +82,15 @@ class Service:
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None,
+        beams: int,
     ) -> SamplingSettings:
         """A request's fields, with OpenAI's defaults for those that are not given.
 
+        Args:
+            beams: How many, where the request is for a search.
+
         Raises:
-            ApiError: a key of logit_bias is no number.
+            ApiError: a key of logit_bias is no number, or fields do not go together.
         """
         stop = request.stop
         stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
@@ -111,7 +115,20 @@ class Service:
             include_stop=request.include_stop_str_in_output,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            beams=_search(request, beams),
         )
+
+
+def _search(request: CompletionRequest | ChatRequest, beams: int) -> BeamSettings | None:
+    if not request.use_beam_search:
+        for name in ("length_penalty", "early_stopping"):
+            if getattr(request, name) is not None:
+                raise ApiError(400, f"{name} is allowed with use_beam_search only", name)
+        return None
+    if request.stream:
+        raise ApiError(400, "use_beam_search is not supported in a stream: beams are known at the end", "stream")
+    penalty = 1.0 if request.length_penalty is None else request.length_penalty
+    return BeamSettings(beams, penalty, request.early_stopping or False)
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

@@ -91,6 +91,32 @@ def test_many_at_once_get_what_each_gets_alone(server: Server) -> None:
     assert server.metric("kv_cache_pages_used") == 0
 
 
+def test_beams(client: Any, server: Server) -> None:
+    """The best of them, in falling order, whatever n is; each with its tokens' log-probabilities."""
+    asked = {"prompt": "What", "max_tokens": 9, "logprobs": 1, "use_beam_search": True, "temperature": 0}
+    three = server.post("/v1/completions", **asked, n=3, length_penalty=0.0, early_stopping="never").json()
+    worth = [sum(choice["logprobs"]["token_logprobs"]) for choice in three["choices"]]
+    assert worth == sorted(worth, reverse=True) and [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    assert all(len(choice["logprobs"]["tokens"]) == 9 for choice in three["choices"])
+    assert three["usage"]["completion_tokens"] == 27
+    two = server.post("/v1/completions", **asked, n=2, best_of=3, length_penalty=0.0, early_stopping="never").json()
+    assert two["choices"] == three["choices"][:2]
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=5,
+        n=2,
+        extra_body={"use_beam_search": True, "length_penalty": 2.0},
+    )
+    plain = server.post(
+        "/v1/completions", prompt="user:Hi\na:", max_tokens=5, n=2, use_beam_search=True, length_penalty=2.0
+    ).json()
+    assert [each.message.content for each in chat.choices] == [each["text"] for each in plain["choices"]]
+    fields = server.http.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert {"use_beam_search", "length_penalty", "early_stopping"} <= set(fields)
+    assert server.metric("kv_cache_pages_used") == 0
+
+
 def test_scores_of_a_prompt(server: Server) -> None:
     """As lm-eval asks for them: echo, logprobs, no or one token."""
     for most in (0, 1):
@@ -131,6 +157,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "mixed": ({"prompt": ["a", 3]}, "prompt"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix"),
     "best of few": ({"prompt": "a", "n": 3, "best_of": 2}, "best_of"),
+    "beams of a stream": ({"prompt": "a", "use_beam_search": True, "n": 2, "stream": True}, "stream"),
+    "beams that are drawn": ({"prompt": "a", "use_beam_search": True, "n": 2, "temperature": 0.5}, "temperature"),
+    "too many beams": ({"prompt": "a", "use_beam_search": True, "n": 65}, "num_beams"),
+    "early stopping of nothing": ({"prompt": "a", "early_stopping": True}, "early_stopping"),
+    "early stopping, now and then": ({"prompt": "a", "use_beam_search": True, "early_stopping": "x"}, "early_stopping"),
     "best of a stream": ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
     "stream options": ({"prompt": "a", "stream_options": {}}, "stream_options"),
 }

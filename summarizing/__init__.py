@@ -1,0 +1,1 @@
+"""What summarize.py is made of."""
