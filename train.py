@@ -2,6 +2,7 @@
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char_cpu.py [--key=value ...]
+    python train.py config/custom.py --init_from=gpt2 --lora_rank=8
     torchrun --nproc-per-node=2 train.py config/shakespeare_char.py
 
 The keys are the fields of TrainConfig; a config file assigns some of them, and --key=value wins over the file. The
@@ -20,7 +21,6 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import math
 import os
 import sys
@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,24 +37,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
 
 import command_line
 import compression
-import machine
-import quantizing.folders
-import quantizing.quiet
 from command_line import UsageError
-from loading.modelopt_layout import DESCRIPTION_FILE
 from quantization import QuantizationError
-from tokenizer import describe
 from tokenizing.description import to_json, write_json
-from tokenizing.files import has_files
 from training.batches import Batches, Dataset, load_dataset
+from training.building import build_model, low_rank, quantization_aware
 from training.config import TrainConfig, parse_config
 from training.log import Evaluation, TrainingLog, say
-from training.resume import check_training, check_values, check_weights
+from training.resume import FIXED_LORA, began_with, check_training, check_values, trained_tensors
 from training.state import STATE_FILE, load_state, save_model, save_state
 from weight_loader import CheckpointError, open_checkpoint
 
@@ -125,127 +119,7 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-# ---- model and optimizer ---------------------------------------------------------------------------------------------
-
-
-def build_model(config: TrainConfig, data: Dataset, state: dict[str, Any] | None = None) -> GPT2LMHeadModel:
-    """Return a GPT-2: freshly initialised, its head tied to its token embedding; a checkpoint's; or a resumed run's.
-
-    With qat, it computes with weights rounded to int8.
-    """
-    dropout = {"embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "attn_pdrop": config.attn_dropout}
-    path = Path(config.out_dir) / STATE_FILE
-    if state is None and config.init_from == "scratch":
-        check_memory(config, data)
-    if state is not None:
-        model = rebuild(state["architecture"], dropout, path)
-    elif config.init_from == "scratch":
-        shape = {"n_positions": config.block_size, **{k: getattr(config, k) for k in ("n_embd", "n_layer", "n_head")}}
-        ends = {"bos_token_id": data.eos_token_id, "eos_token_id": data.eos_token_id}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=data.vocab_size, **shape, **ends, **dropout))
-    else:
-        model = open_pretrained(config.init_from, config.block_size, data, dropout)
-    if model.config.activation_function == "gelu_new":
-        for block in model.transformer.h:
-            block.mlp.act = nn.GELU(approximate="tanh")  # the same function, in one fused kernel
-    if config.qat:
-        quantization_aware().prepare(model)
-    if state is not None:
-        check_weights(state, model, path)
-        model.load_state_dict(state["model"])
-    if not config.bias:
-        freeze_biases(model)
-    return model
-
-
-def check_memory(config: TrainConfig, data: Dataset) -> None:
-    """Refuse a model or a batch that cannot be in this machine's memory, before anything tries.
-
-    Raises:
-        UsageError: its weights, their gradients and AdamW's moments, or a batch's logits, take more.
-    """
-    width = config.n_embd
-    parameters = config.n_layer * 12 * width**2 + (data.vocab_size + config.block_size) * width
-    for what, size in (
-        (f"{parameters:,} parameters", 16 * parameters),
-        (f"batch_size={config.batch_size}", 4 * config.batch_size * config.block_size * data.vocab_size),
-    ):
-        if size > machine.memory_bytes():
-            has = machine.memory_bytes() >> 30
-            raise UsageError(f"{what} take at least {size >> 30:,} GiB of memory, but this machine has {has:,}")
-
-
-def rebuild(architecture: dict[str, Any], dropout: dict[str, float], path: Path) -> GPT2LMHeadModel:
-    """Return a model of a saved architecture, proven to compute; its weights are still to be loaded.
-
-    Raises:
-        UsageError: transformers can make no such model.
-    """
-    try:
-        model = GPT2LMHeadModel(GPT2Config(**{**architecture, **dropout}))
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits
-        fits = logits.shape == (1, 1, architecture["vocab_size"])
-        model.generation_config.validate(strict=True)  # as they are when they are saved
-        getattr(model.config, "validate", bool)()
-    except Exception:  # whatever a value makes of transformers' code
-        fits = False
-    if not fits:
-        raise UsageError(f"cannot resume: {path} is damaged (architecture)")
-    return model.train()
-
-
-def quantization_aware() -> ModuleType:
-    """Return qat.py, which needs ModelOpt; training in float does not.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        with quantizing.quiet.quiet():  # ModelOpt warns of every transformers that is newer than itself
-            return importlib.import_module("training.qat")
-    except ImportError as error:
-        file = quantizing.folders.REQUIREMENTS
-        raise UsageError(f"qat=True needs the packages of {file} ({error}): pip install -r {file}") from None
-
-
-def open_pretrained(name: str, block_size: int, data: Dataset, dropout: dict[str, float]) -> GPT2LMHeadModel:
-    """Return the model of a HuggingFace folder or hub name, its context cut to `block_size`.
-
-    Raises:
-        UsageError: it has another tokenizer than the data, or a shorter context.
-        CheckpointError: it is absent or not a GPT-2, or its tokenizer cannot be used.
-    """
-    if (Path(name) / DESCRIPTION_FILE).is_file():
-        raise UsageError(f"expected a float checkpoint to begin with, but {name} is quantized")
-    folder = open_checkpoint(name).path
-    try:
-        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **dropout)
-    except Exception as error:  # transformers and safetensors each raise their own
-        raise UsageError(f"cannot open {name}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    same = data.vocab_size <= model.config.vocab_size
-    if has_files(folder):
-        same = describe(folder, model.config.vocab_size) == data.description
-    if not same:
-        raise UsageError(f"the dataset's tokenizer is not that of {name}; prepare the text with --tokenizer {name}")
-    context = model.config.n_positions
-    if block_size > context:
-        raise UsageError(f"{name} has a context of {context}, but block_size={block_size}; give a smaller block_size")
-    if block_size < context:
-        model.transformer.wpe = nn.Embedding.from_pretrained(model.transformer.wpe.weight[:block_size], freeze=False)
-        model.config.n_positions = block_size
-    for settings in (model.config, model.generation_config):
-        settings.bos_token_id = settings.eos_token_id = data.eos_token_id
-    return model
-
-
-def freeze_biases(model: GPT2LMHeadModel) -> None:
-    """Take the biases out of the training. HuggingFace's format has no GPT-2 without: they are there, and are zero."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            if parameter.any():
-                raise UsageError("bias=False, but the checkpoint has biases that are not zero; leave out bias=False")
-            parameter.requires_grad_(False)
+# ---- optimizer -------------------------------------------------------------------------------------------------------
 
 
 def build_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.AdamW:
@@ -326,8 +200,8 @@ def check_same(config: TrainConfig, data: Dataset, state: dict[str, Any]) -> Non
     keys = ["block_size", "bias", "qat", "seed"]
     if state["config"]["init_from"] == "scratch":  # else the shape is that of the checkpoint it began with
         keys = ["n_layer", "n_head", "n_embd", *keys]
-    for key in keys:
-        was, now = state["config"][key], getattr(config, key)
+    for key in (*keys, *FIXED_LORA):
+        was, now = began_with(state, key), getattr(config, key)
         if was != now:
             raise UsageError(f"cannot resume: {path} has {key}={was}, but this run has {key}={now}")
     if state["tokenizer"] != fingerprint(data):
@@ -388,6 +262,12 @@ class Run:
         # The random numbers are torch's own on every device, so that the same seed begins with the same weights.
         torch.manual_seed(config.seed)
         self.model = build_model(config, data, state).to(device).train()
+        # Of the weights that an adapter is for, which ckpt.pt does not hold.
+        self.base = low_rank(config).base_digest(self.model) if config.lora_rank else None
+        if state is not None and state.get("base") != self.base:
+            raise UsageError(
+                f"cannot resume: {began_with(state, 'init_from')} has other weights than the run began with"
+            )
         if processes.rank:
             torch.manual_seed(config.seed + processes.rank)  # each process drops other activations
         self.averaged = (
@@ -418,7 +298,8 @@ class Run:
                 f"cannot resume: {self.config.out_dir} has done {state['step']} steps; give a larger max_iters"
             )
         path = Path(self.config.out_dir) / STATE_FILE
-        check_training(state, self.averaged, self.optimizer, path)
+        averaged = trained_tensors(self.averaged, self.config) if self.averaged else None
+        check_training(state, averaged, self.optimizer, path)
         self.step = state["step"]
         if state.get("val") in (None, val_fingerprint(self.data)):  # else what was measured cannot be compared
             self.best = state["best"]
@@ -429,7 +310,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.batches.restore(state["batches"])
         if self.averaged and state["averaged"] is not None:
-            self.averaged.load_state_dict(state["averaged"])
+            self.averaged.load_state_dict(state["averaged"], strict=not self.config.lora_rank)
         if len(state["random"]) == self.processes.count:
             try:
                 restore_random_states(state["random"][self.processes.rank], self.device)
@@ -450,8 +331,9 @@ class Run:
             "tokenizer": fingerprint(self.data),
             "val": val_fingerprint(self.data),
             "history": [dataclasses.astuple(entry) for entry in self.log.history] if self.log else [],
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict() if self.averaged else None,
+            "base": self.base,
+            "model": trained_tensors(self.model, self.config),
+            "averaged": trained_tensors(self.averaged, self.config) if self.averaged else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state(),
@@ -493,8 +375,11 @@ class Run:
                     self.evaluate(processes.mean(loss.item()), (self.step - first) * tokens_per_step / seconds)
         if self.log:
             self.log.close()
-            load = quantization_aware().load if config.qat else GPT2LMHeadModel.from_pretrained
-            best = load(config.out_dir).to(self.device)
+            if config.lora_rank:
+                best = low_rank(config).load(self.model, config.out_dir).to(self.device)
+            else:
+                load = quantization_aware().load if config.qat else GPT2LMHeadModel.from_pretrained
+                best = load(config.out_dir).to(self.device)
             say(f"best val {self.best:.4f} nats/char, test {self.measure(best, 'test'):.4f}, in {config.out_dir}")
             if config.qat:
                 say(compression.table(open_checkpoint(Path(config.out_dir))))
@@ -541,8 +426,11 @@ class Run:
             is_best = val < self.best
             if is_best:
                 self.best = val
-                write = quantization_aware().export if self.config.qat else GPT2LMHeadModel.save_pretrained
-                save_model(self.saved_model, self.data.description, folder, write)
+                if self.config.lora_rank:
+                    save_model(self.saved_model, None, folder, low_rank(self.config).save)
+                else:
+                    write = quantization_aware().export if self.config.qat else GPT2LMHeadModel.save_pretrained
+                    save_model(self.saved_model, self.data.description, folder, write)
             rate = learning_rate(self.config, self.step)
             entry = Evaluation(self.step, train_loss, val, rate, tokens_per_second)
             self.log.add(entry, ", saved" if is_best else "")

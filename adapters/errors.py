@@ -7,3 +7,7 @@ from loading.errors import CheckpointError
 
 class AdapterError(CheckpointError):
     """An adapter cannot be used. The text is one line, ready to be shown to the user."""
+
+
+class NotPlainError(AdapterError):
+    """It is more than plain LoRA: peft may know what to make of it."""

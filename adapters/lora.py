@@ -1,8 +1,8 @@
-"""LoRA adapters (Hu et al. 2021) in PEFT's folders → the two matrices that each layer takes.
+"""LoRA adapters (Hu et al. 2021), PEFT's folders and NeMo's archives → the two matrices that each layer takes.
 
-A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``); of every module that it changes,
-``lora_A.weight`` (rank, in_features) and ``lora_B.weight`` (out_features, rank), which add ``scale * B @ A`` to the
-weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by name.
+nemo_lora.py reads the archives. A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``);
+of every module that it changes, ``lora_A.weight`` (rank, in_features) and ``lora_B.weight`` (out_features, rank), which
+add ``scale * B @ A`` to the weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by name.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 
 from adapters.download import download_adapter
-from adapters.errors import AdapterError
-from adapters.places import LINEARS, Base, Place, places_of
+from adapters.errors import AdapterError, NotPlainError
+from adapters.nemo_lora import SUFFIX as NEMO_SUFFIX
+from adapters.nemo_lora import nemo_parts
+from adapters.parts import Part, read_floats
+from adapters.places import LINEARS, Base, places_of
 from loading.config import parameter_shapes
 from loading.containers.folder import open_weights
-from loading.containers.tensors import NUMPY_NAMES, Tensors
+from loading.containers.tensors import Tensors
 from loading.disk import is_file, read_json
 from loading.errors import listed, shown
 
@@ -107,31 +110,54 @@ def digest_of(matrices: Iterable[np.ndarray | None]) -> bytes:
 
 
 def find_lora(name: str, checkpoint: Base) -> Lora:
-    """The adapter of a folder or, downloaded once, of a repository at the hub.
+    """The adapter of a folder, of an archive or, downloaded once, of a repository at the hub.
 
     Raises:
         AdapterError: as :func:`read_lora`, or it cannot be downloaded.
     """
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        folder = download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES))
-    return read_lora(folder, checkpoint)
+    return read_lora(locate_lora(name), checkpoint)
 
 
-def read_lora(folder: Path, checkpoint: Base) -> Lora:
-    """The adapter in a folder, for a checkpoint.
+def locate_lora(name: str) -> Path:
+    """The folder or the .nemo file of an adapter; a folder is downloaded where nothing has that name.
 
     Raises:
-        AdapterError: there is none, it is damaged, is for another model, or does what this project does not.
+        AdapterError: it cannot be downloaded.
     """
+    path = Path(name).expanduser()
+    return path if path.exists() else download_adapter(name, (CONFIG_FILE, *WEIGHT_FILES))
+
+
+def read_lora(path: Path, checkpoint: Base) -> Lora:
+    """The adapter in a folder or a .nemo file, for a checkpoint.
+
+    Raises:
+        AdapterError: there is none, it is damaged, is for another model, or does what this project does not
+            (NotPlainError).
+        CheckpointError: a file of it cannot be read.
+    """
+    parts = nemo_parts(path, checkpoint) if path.suffix == NEMO_SUFFIX else _peft_parts(path, checkpoint)
+    joined = tuple(
+        _joined([part for part in parts if part.place.linear == linear], linear, checkpoint)
+        for linear in range(len(LINEARS))
+    )
+    adapter = Lora(str(path), joined)
+    if max(adapter.ranks) > MAX_RANK:
+        raise AdapterError(
+            f"{path}: expected ranks of at most {MAX_RANK} for each layer, its parts together, but got "
+            f"{max(adapter.ranks)}"
+        )
+    return adapter
+
+
+def _peft_parts(folder: Path, checkpoint: Base) -> list[Part]:
+    """The matrices in PEFT's folder."""
     path = folder / CONFIG_FILE
     if not is_file(path):
         raise AdapterError(f"expected an adapter in {str(folder)!r}, with an {CONFIG_FILE}, but it has none")
     settings = read_json(path)
     _check(settings, path)
-    file = next((folder / name for name in WEIGHT_FILES if is_file(folder / name)), None)
-    if file is None:
-        raise AdapterError(f"{str(folder)!r} holds no adapter: expected one of {', '.join(WEIGHT_FILES)}")
+    file = weights_file(folder)
     tensors = open_weights(file)
     pairs = _pairs(tensors, file)
     prefix = checkpoint.layout.prefix
@@ -143,10 +169,10 @@ def read_lora(folder: Path, checkpoint: Base) -> Lora:
             f"{folder} is for another model than {checkpoint.path}: it changes {listed(unknown)}, and the blocks of "
             "such a model have no such linear layer"
         )
-    gathered: dict[int, list[tuple[Place, np.ndarray, np.ndarray]]] = {}
+    parts = []
     for name, (a, b) in pairs.items():
         place = places[_without(name, prefix)]
-        down, up = _read(tensors, a, file), _read(tensors, b, file)
+        down, up = read_floats(tensors, a, file), read_floats(tensors, b, file)
         rank = _rank(settings, name, path)
         wanted = ((rank, place.in_features), (len(place.rows), rank))
         if (down.shape, up.shape) != wanted:
@@ -154,16 +180,20 @@ def read_lora(folder: Path, checkpoint: Base) -> Lora:
                 f"{file}: expected {name} to have lora_A {wanted[0]} and lora_B {wanted[1]}, by {CONFIG_FILE} and "
                 f"{checkpoint.path}, but got {down.shape} and {up.shape}"
             )
-        scaled = up * np.float32(_scale(settings, name, rank, path))
-        gathered.setdefault(place.linear, []).append((place, down, scaled))
-    joined = tuple(_joined(gathered.get(linear, []), linear, checkpoint) for linear in range(len(LINEARS)))
-    adapter = Lora(str(folder), joined)
-    if max(adapter.ranks) > MAX_RANK:
-        raise AdapterError(
-            f"{folder}: expected ranks of at most {MAX_RANK} for each layer, its parts together, but got "
-            f"{max(adapter.ranks)}"
-        )
-    return adapter
+        parts.append(Part(place, down, up * np.float32(_scale(settings, name, rank, path))))
+    return parts
+
+
+def weights_file(folder: Path) -> Path:
+    """Where PEFT's folder has its tensors.
+
+    Raises:
+        AdapterError: it has none.
+    """
+    file = next((folder / name for name in WEIGHT_FILES if is_file(folder / name)), None)
+    if file is None:
+        raise AdapterError(f"{str(folder)!r} holds no adapter: expected one of {', '.join(WEIGHT_FILES)}")
+    return file
 
 
 def _without(name: str, prefix: str) -> str:
@@ -179,17 +209,17 @@ def _check(settings: dict[str, Any], path: Path) -> None:
     if kind != "LORA":
         raise AdapterError(f"{path}: expected peft_type to be LORA but got {shown(kind)}")
     if settings.get("modules_to_save"):
-        raise AdapterError(
+        raise NotPlainError(
             f"{path}: modules_to_save ({shown(settings['modules_to_save'])}) replaces whole modules, which an adapter "
             "beside others cannot: merge it into the model"
         )
     if settings.get("bias", "none") != "none":
-        raise AdapterError(
+        raise NotPlainError(
             f"{path}: expected bias to be none but got {shown(settings['bias'])}: merge it into the model"
         )
     on = sorted(name for name, value in settings.items() if name not in _HARMLESS and value)
     if on:
-        raise AdapterError(f"{path}: {listed(on)} is not supported: expected plain LoRA")
+        raise NotPlainError(f"{path}: {listed(on)} is not supported: expected plain LoRA")
 
 
 def _pairs(tensors: Tensors, file: Path) -> dict[str, tuple[str, str]]:
@@ -203,20 +233,13 @@ def _pairs(tensors: Tensors, file: Path) -> dict[str, tuple[str, str]]:
         else:
             found.setdefault(match[1], {})[match[2]] = stored
     if others:
-        raise AdapterError(f"{file}: expected lora_A and lora_B of linear layers only but got {listed(sorted(others))}")
+        raise NotPlainError(
+            f"{file}: expected lora_A and lora_B of linear layers only but got {listed(sorted(others))}"
+        )
     alone = sorted(name for name, pair in found.items() if len(pair) != 2)
     if alone or not found:
         raise AdapterError(f"{file}: expected lora_A and lora_B of each module but got {listed(alone) or 'none'}")
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-
-
-def _read(tensors: Tensors, name: str, file: Path) -> np.ndarray:
-    if tensors.tensors[name].dtype not in NUMPY_NAMES or tensors.tensors[name].dtype in ("I8", "U8"):
-        raise AdapterError(f"{file}: expected {name} to be of floats but got {tensors.tensors[name].dtype}")
-    array = np.asarray(tensors.read(name)).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise AdapterError(f"{file}: expected finite numbers but {name} has others")
-    return array
 
 
 def _rank(settings: dict[str, Any], name: str, path: Path) -> int:
@@ -250,23 +273,22 @@ def _by_pattern(settings: dict[str, Any], field: str, name: str, path: Path, oth
     return otherwise
 
 
-def _joined(
-    parts: list[tuple[Place, np.ndarray, np.ndarray]], linear: int, checkpoint: Base
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _joined(parts: list[Part], linear: int, checkpoint: Base) -> tuple[np.ndarray, np.ndarray] | None:
     """The matrices of one of the model's linear layers, of all layers. Parts that are stored by themselves (queries,
     keys and values) have numbers of their own on the way."""
     if not parts:
         return None
     config = checkpoint.config
     ranks = [0] * config.n_layer
-    for place, down, _ in parts:
-        ranks[place.layer] += len(down)
+    for part in parts:
+        ranks[part.place.layer] += len(part.down)
     outputs, inputs = parameter_shapes(config)[f"h.0.{LINEARS[linear]}.weight"]
     downs, ups = (np.zeros((config.n_layer, max(ranks), width), np.float32) for width in (inputs, outputs))
     used = [0] * config.n_layer
-    for place, down, up in sorted(parts, key=lambda part: int(part[0].rows[0])):
-        own = slice(used[place.layer], used[place.layer] + len(down))
-        used[place.layer] += len(down)
-        downs[place.layer, own] = down
-        ups[place.layer, own][:, place.rows] = up.T
+    for part in sorted(parts, key=lambda part: int(part.place.rows[0])):
+        layer, rank = part.place.layer, len(part.down)
+        own = slice(used[layer], used[layer] + rank)
+        used[layer] += rank
+        downs[layer, own] = part.down
+        ups[layer, own][:, part.place.rows] = part.up.T
     return downs, ups

@@ -62,7 +62,7 @@ def counterpart_of(checkpoint: Checkpoint) -> Counterpart:
     nearest = min(lacking, key=lambda model_type: len(lacking[model_type]), default=None)
     reason = "" if nearest is None else f", which is {nearest} but for {' and '.join(lacking[nearest])}"
     raise QuantizationError(
-        f"expected a model that one of transformers' classes computes ({', '.join(_CLASSES)}) to quantize but got "
+        f"expected a model that one of transformers' classes computes ({', '.join(_CLASSES)}) but got "
         f"{checkpoint.path}{reason}"
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,11 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         CheckpointError: the checkpoint or its tokenizer cannot be used.
     """
     check_source(checkpoint, config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise QuantizationError(f"expected {folder} not to exist but it does")
-    kept = _kept_files(checkpoint)
+    check_target(folder)
+    kept = kept_files(checkpoint)
     samples = calibration_samples(checkpoint, config) if config.needs_calibration else None
     _require_modelopt()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise QuantizationError(f"cannot write {folder}: {error.strerror}") from None
-    try:
+    with written_beside(folder) as partial:
         opens = is_of_transformers(checkpoint.path)
         model = load_torch_model(checkpoint.path) if opens else build_torch_model(checkpoint)
         quantize_model(model, config, samples)
@@ -53,6 +49,32 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         (partial / GENERATION_FILE).unlink(missing_ok=True)  # transformers' idea of it: the checkpoint's own counts
         for name, content in kept.items():
             (partial / name).write_bytes(content)
+
+
+def check_target(folder: Path) -> None:
+    """Refuses to write to a folder that is there, unless it is empty.
+
+    Raises:
+        QuantizationError: it is.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QuantizationError(f"expected {folder} not to exist but it does")
+
+
+@contextlib.contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """Gives a new folder to write to, which becomes `folder` in the end; nothing is left of it where that fails.
+
+    Raises:
+        QuantizationError: it cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise QuantizationError(f"cannot write {folder}: {error.strerror}") from None
+    try:
+        yield partial
         for path in (partial, *partial.iterdir()):  # mkdtemp and safetensors make them for their owner alone
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
@@ -64,8 +86,13 @@ def quantize_checkpoint(checkpoint: Checkpoint, config: QuantizationConfig, fold
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _kept_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """What the quantized checkpoint has as the other has it: read before the work, which would be in vain without."""
+def kept_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What a folder made of a checkpoint has as that has it: read before the work, which would be in vain without.
+
+    Raises:
+        QuantizationError: a file cannot be read.
+        CheckpointError: the tokenizer cannot be used.
+    """
     from tokenizing.export import files_of
 
     contents, path = files_of(checkpoint.tokenizer_source), checkpoint.path / GENERATION_FILE

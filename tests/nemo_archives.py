@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,50 @@ def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def write_nemo_lora(
+    path: Path,
+    model: Any,
+    is_core: bool = False,
+    ranks: int = 1,
+    rank: int = 4,
+    seed: int = 0,
+    mode: str = "w",
+    dtype: torch.dtype = torch.float32,
+    change: Callable[[Tensors], object] | None = None,
+    **changes: Any,
+) -> Tensors:
+    """An archive of random adapters of queries, keys and values.
+
+    Args:
+        change: What else is done with the state of each rank.
+        changes: Of the settings.
+
+    Returns:
+        By their names in `write_nemo`'s archive of the model, the weights with the adapters in them, as NeMo merges
+        them: what is added has the weight's own order of rows.
+    """
+    random = torch.Generator().manual_seed(seed)
+    base, states, merged = nemo_tensors(model, is_core), [{} for _ in range(ranks)], {}  # type: ignore[var-annotated]
+    for name, weight in base.items():
+        module, found, _ = name.partition("linear_qkv.weight" if is_core else "query_key_value.weight")
+        if not found:
+            continue
+        down = torch.randn(rank, weight.shape[1], generator=random).mul(weight.shape[1] ** -0.5).to(dtype)
+        up = torch.randn(weight.shape[0], rank, generator=random).mul(0.3).to(dtype)
+        merged[name] = weight + up.float() @ down.float()
+        for way, tensor in (("in", down), ("out", up)):
+            for state, piece in zip(states, tensor.chunk(ranks), strict=True):
+                state[f"{module}adapter_layer.lora_kqv_adapter.linear_{way}.weight"] = piece.clone()
+    settings = {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": rank, "adapter_dropout": 0.0}}
+    config = config_of(model, tensor_model_parallel_size=ranks, **{"peft": settings, **changes})
+    contents = {"./model_config.yaml": yaml.safe_dump(config).encode()}
+    for number, state in enumerate(states):
+        if change is not None:
+            change(state)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        contents[f"./{f'mp_rank_{number:02}/' if ranks > 1 else ''}model_weights.ckpt"] = buffer.getvalue()
+    write_tar(path, contents, mode)
+    return merged

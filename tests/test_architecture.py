@@ -75,6 +75,8 @@ PROGRAMS = (
     "evaluation.text",
     "evaluation.variants",
     "train",
+    "training.building",
+    "training.lora",
     "training.log",
     "training.state",
     "training.resume",
@@ -87,6 +89,8 @@ PROGRAMS = (
     "generation",
     "response",
     "training.qat",
+    "lora",
+    "adapters.merging",
     "quantization",
     "quantizing.cache",
     "quantizing.folders",
@@ -114,6 +118,8 @@ PROGRAMS = (
     "tokenizing.description",
     "tokenizing.added_tokens",
     "adapters.lora",
+    "adapters.nemo_lora",
+    "adapters.parts",
     "adapters.places",
     "adapters.download",
     "adapters.errors",
@@ -159,7 +165,10 @@ PROGRAMS = (
     "interrupt",
 )
 #: They train, with torch; the other programs import it only where it is needed.
-TRAINING = ("train", "training.log", "training.state", "training.resume", "training.batches", "training.qat")
+TRAINING = (
+    *("train", "training.building", "training.log", "training.state", "training.resume", "training.batches"),
+    *("training.qat", "training.lora"),
+)
 #: What programs may use of the portable runtime.
 SURFACE = {
     "nvtripy_portable.engine_file",

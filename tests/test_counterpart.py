@@ -175,7 +175,7 @@ def test_what_no_class_computes(
         counterpart_of(checkpoint)
     known = "gpt2, gpt_bigcode, starcoder2, llama, mistral, nemotron, stablelm"
     assert str(error.value) == (
-        f"expected a model that one of transformers' classes computes ({known}) to quantize but got {checkpoint.path}, "
+        f"expected a model that one of transformers' classes computes ({known}) but got {checkpoint.path}, "
         f"which is {reason}"
     )
 

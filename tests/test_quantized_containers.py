@@ -166,7 +166,7 @@ def test_a_model_that_transformers_does_not_have(
     assert (captured.out, captured.err) == (
         "",
         f"{program}: error: expected a model that one of transformers' classes computes (gpt2, gpt_bigcode, "
-        f"starcoder2, llama, mistral, nemotron, stablelm) to quantize but got {container}, which is starcoder2 but for "
+        f"starcoder2, llama, mistral, nemotron, stablelm) but got {container}, which is starcoder2 but for "
         "rotary_fraction=0.5\n",
     )
 

@@ -14,7 +14,10 @@ from typing import Any
 from command_line import UsageError
 
 LARGEST = 1 << 63  # of whole numbers
-MOST = 1024  # layers, threads
+MOST = 1024  # layers, threads, an adapter's rank
+LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+#: The linear layers of a GPT-2's blocks, as PEFT finds them: by the end of their names.
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class TrainConfig:
     dropout: float = 0.0  # of the embeddings and the residual branches
     attn_dropout: float = 0.0  # of the attention's weights; torch's fast attention on a CPU has none
     qat: bool = False  # quantization-aware: compute with weights in int8, and save them so (requirements/quant.txt)
+    # LoRA: what init_from names stays as it is, and out_dir becomes a PEFT folder of an adapter for it
+    lora_rank: int = 0  # of its matrices; 0: all weights are trained, and there is no adapter
+    lora_alpha: float = 16.0  # the adapter adds lora_alpha / lora_rank * B @ A to a weight
+    lora_dropout: float = 0.0  # of what goes into A
+    lora_targets: str = "c_attn"  # the linear layers that it adds to, with commas between: c_attn,attn.c_proj,mlp.c_fc
     # Data; each process of torchrun takes a batch of its own in each of the accumulated steps
     batch_size: int = 8  # windows of block_size tokens
     gradient_accumulation_steps: int = 1  # batches to a step of the optimizer
@@ -122,18 +130,39 @@ def make_config(overrides: dict[str, Any]) -> TrainConfig:
     for key in (*counts, "max_iters", "eval_interval"):
         if getattr(config, key) < 1:
             raise UsageError(f"{key} must be at least 1, not {getattr(config, key)}")
-    for key in ("n_layer", "threads"):
+    for key in ("n_layer", "threads", "lora_rank"):
         if getattr(config, key) > MOST:
             raise UsageError(f"{key} must be at most {MOST}, not {getattr(config, key)}")
     at_least_0 = ("learning_rate", "min_lr", "weight_decay", "grad_clip", "short_block_size")
     for key in ("lr_decay_iters", "warmup_iters", "eval_iters", "threads", "seed", *at_least_0):
         if getattr(config, key) < 0:
             raise UsageError(f"{key} must be at least 0, not {getattr(config, key)}")
-    for key in ("dropout", "attn_dropout", "bpe_dropout", "short_share", "beta1", "beta2", "ema_decay"):
+    for key in ("dropout", "attn_dropout", "lora_dropout", "bpe_dropout", "short_share", "beta1", "beta2", "ema_decay"):
         if not 0 <= getattr(config, key) < 1:
             raise UsageError(f"{key} must be at least 0 and below 1, not {getattr(config, key)}")
+    _check_lora(config)
     if config.n_embd % config.n_head:
         raise UsageError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
     if config.short_share and not 1 <= config.short_block_size <= config.block_size:
         raise UsageError(f"short_block_size must be 1 to block_size={config.block_size}, not {config.short_block_size}")
     return config
+
+
+def _check_lora(config: TrainConfig) -> None:
+    """Refuses an adapter that cannot be, and settings of one where there is none."""
+    if config.lora_rank < 0:
+        raise UsageError(f"lora_rank must be at least 1, or 0 for no adapter, not {config.lora_rank}")
+    if config.lora_rank == 0:
+        for key in LORA_FIELDS:
+            if getattr(config, key) != getattr(TrainConfig, key):
+                raise UsageError(f"{key}={getattr(config, key)} is for an adapter: give lora_rank, too")
+        return
+    if config.init_from == "scratch":
+        raise UsageError(f"lora_rank={config.lora_rank} needs init_from, the checkpoint that the adapter is for")
+    if config.qat:
+        raise UsageError("expected lora_rank or qat=True, not both: an adapter's base stays as it is")
+    if config.lora_alpha <= 0:
+        raise UsageError(f"lora_alpha must be above 0, not {config.lora_alpha}")
+    for target in config.lora_targets.split(","):
+        if target not in LORA_TARGETS:
+            raise UsageError(f"expected lora_targets to be of {', '.join(LORA_TARGETS)}, not {target!r}")

@@ -21,6 +21,7 @@ from training.config import TrainConfig
 
 UINT32, UINT64 = 1 << 32, 1 << 64
 FIXED = ("init_from", "seed", "n_layer", "n_head", "n_embd", "block_size", "bias", "qat")  # that a resume compares
+FIXED_LORA = ("lora_rank", "lora_alpha", "lora_targets")  # as well; files of older programs have none of them
 
 
 class _Damage(Exception):
@@ -49,12 +50,17 @@ def check_values(state: Mapping[str, Any], path: object) -> None:
         _expect(isinstance(config, dict), "config")
         for name in FIXED:
             _expect(type(config.get(name)) is type(getattr(TrainConfig, name)), f"config.{name}")
+        for name in FIXED_LORA:
+            _expect(type(began_with(state, name)) is type(getattr(TrainConfig, name)), f"config.{name}")
         _expect(isinstance(state["tokenizer"], str), "tokenizer")
         _expect(isinstance(state["history"], list), "history")
         for entry in state["history"]:
             _expect(isinstance(entry, (list, tuple)) and len(entry) == 5 and _is_count(entry[0]), "history")
             _expect(all(_is_number(value) for value in entry[1:]), "history")
-        _check_architecture(state["architecture"], state["model"])
+        if began_with(state, "lora_rank"):  # the model is its base's, opened again
+            _expect(config["init_from"] not in ("scratch", "resume"), "config.init_from")
+        else:
+            _check_architecture(state["architecture"], state["model"])
         _check_scaler(state["scaler"])
         batches = state["batches"]
         _expect(isinstance(batches, dict) and {"rng", "epoch_began"} <= batches.keys(), "batches")
@@ -68,18 +74,32 @@ def check_values(state: Mapping[str, Any], path: object) -> None:
                 _expect(_is_plain_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1, "random")
 
 
-def check_weights(state: Mapping[str, Any], model: nn.Module, path: object) -> None:
-    """Compares the weights with a model's, and looks for infinities.
+def began_with(state: Mapping[str, Any], name: str) -> Any:
+    """A setting that the run began with."""
+    return state["config"].get(name, getattr(TrainConfig, name))
+
+
+def trained_tensors(module: nn.Module, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """What a resume needs of a model, or of the moving average of one: all of it, or an adapter's matrices alone."""
+    state = module.state_dict()
+    return {k: v for k, v in state.items() if ".lora_" in k or k == "n_averaged"} if config.lora_rank else state
+
+
+def check_weights(state: Mapping[str, Any], expected: Mapping[str, torch.Tensor], path: object) -> None:
+    """Compares the weights with those of a model, and looks for infinities.
 
     Raises:
         UsageError: one is missing or too many, has another type or shape, or does not hold finite numbers.
     """
     with _told_of(path):
-        _check_like(state["model"], model.state_dict(), "model")
+        _check_like(state["model"], expected, "model")
 
 
 def check_training(
-    state: Mapping[str, Any], averaged: nn.Module | None, optimizer: torch.optim.Optimizer, path: object
+    state: Mapping[str, Any],
+    averaged: Mapping[str, torch.Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+    path: object,
 ) -> None:
     """The same of the moving average's weights, where there are some to go on with, and of AdamW's moments.
 
@@ -88,7 +108,7 @@ def check_training(
     """
     with _told_of(path):
         if averaged is not None and state["averaged"] is not None:
-            _check_like(state["averaged"], averaged.state_dict(), "averaged")
+            _check_like(state["averaged"], averaged, "averaged")
             _expect(int(state["averaged"]["n_averaged"]) >= 0, "averaged.n_averaged")
         _check_optimizer(state["optimizer"], optimizer)
 

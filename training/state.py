@@ -42,31 +42,37 @@ def _written_together(folder: Path) -> Iterator[Path]:
 
 def save_model(
     model: GPT2LMHeadModel,
-    tokenizer: Description,
+    tokenizer: Description | None,
     folder: Path,
     write: Callable[[GPT2LMHeadModel, Path], object] = GPT2LMHeadModel.save_pretrained,
 ) -> None:
     """Write the HuggingFace folder: config.json, model.safetensors (float32) and the tokenizer.
 
     Args:
+        tokenizer: None: the folder has none, as an adapter's.
         write: what writes the model's own files; with qat.export the folder is a quantized one.
 
     Raises:
         UsageError: the disk is full, or `folder` cannot be written to; what was there before is still there.
     """
+    with _written_together(folder) as partial:
+        write(model, partial)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, model.config.n_positions, partial)
+
+
+def _write_tokenizer(tokenizer: Description, n_positions: int, folder: Path) -> None:
     eos = tokenizer.eos_token
-    tokenizer_config = {
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.n_positions,
+        "model_max_length": n_positions,
         **({"bos_token": eos, "eos_token": eos, "unk_token": eos} if eos else {}),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    with _written_together(folder) as partial:
-        write(model, partial)
-        (partial / "tokenizer.json").write_text(write_json(to_json(tokenizer), indent=2), encoding="utf-8")
-        text = json.dumps(tokenizer_config, indent=2) + "\n"
-        (partial / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(write_json(to_json(tokenizer), indent=2), encoding="utf-8")
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def save_state(state: dict[str, Any], folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adapters.errors import AdapterError
 from adapters.lora import Base, Lora, read_lora
+from adapters.nemo_lora import SUFFIX as NEMO_SUFFIX
 from serving.adapters import Adapter
 
 
@@ -65,17 +66,17 @@ class AdapterNames:
         return named
 
     def read_for_client(self, name: str, path: str) -> Named:
-        """:meth:`read`, of a folder within the one that clients may choose from.
+        """:meth:`read`, of a folder or a .nemo file within the folder that clients may choose from.
 
         Raises:
-            AdapterError: also where there is no such folder.
+            AdapterError: also where there is none.
         """
         if self._folder is None:
             raise AdapterError("adapters are loaded while the server runs only where it was started with --lora-dir")
         root = self._folder.resolve()
         found = (root / path).resolve() if "\0" not in path else root.parent
-        if not found.is_relative_to(root) or not found.is_dir():
-            raise AdapterError(f"expected lora_path to be a folder in that of --lora-dir but got {path!r}")
+        if not found.is_relative_to(root) or not (found.is_dir() or (found.suffix == NEMO_SUFFIX and found.is_file())):
+            raise AdapterError(f"expected lora_path to be a folder in that of --lora-dir, or a {NEMO_SUFFIX} file, but got {path!r}")
         return self.read(name, found)
 
     def drop(self, name: str) -> bool:

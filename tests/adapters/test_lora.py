@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lora_models import adapted, decoder_with, logits_with, room_of
 from random_models import logits_of, random_model
 from safetensors.numpy import load_file, save_file
 from test_model import relative_error
@@ -51,42 +52,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "stablelm": ("stablelm", {}, {"target_modules": ["q_proj", "gate_proj"]}),
     "layers": ("llama", {}, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
 }
-
-
-def adapted(base: Any, folder: Path, seed: int, **config: Any) -> Any:
-    """A model of peft's with a random adapter, saved in a folder."""
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1 if "lora_B" in name else parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def room_of(loras: list[Lora]) -> AdapterRoom:
-    return AdapterRoom(len(loras), tuple(max(ranks) for ranks in zip(*(each.ranks for each in loras), strict=True)))
-
-
-def decoder_with(checkpoint: Any, dtype: str, loras: list[Lora], room: AdapterRoom | None = None) -> Decoder:
-    room = room or room_of(loras)
-    decoder = open_engine(checkpoint, dtype, 1, room=room).paged(8, 64)
-    assert decoder is not None and decoder.slots == room.count
-    for slot, lora in enumerate(loras, 1):
-        decoder.set_adapter(slot, lora.tables(room.ranks))
-    return decoder
-
-
-def logits_with(decoder: Decoder, ids: list[int], slot: int) -> np.ndarray:
-    """Of every position: a prompt, and the last quarter as generated tokens."""
-    pages = decoder.pool.take(-(-len(ids) // decoder.page_tokens))
-    prompt = len(ids) * 3 // 4
-    found = [decoder.step([Piece(ids[:prompt], 0, pages, rows=list(range(prompt)), slot=slot)])]
-    for position in range(prompt, len(ids)):
-        found.append(decoder.step([Piece([ids[position]], position, pages, generated=True, slot=slot)]))
-    decoder.pool.release(pages)
-    return np.concatenate(found)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))

@@ -17,12 +17,12 @@ pytest.importorskip("torch", reason="training needs requirements/train.txt")
 
 from tokenizers import AddedToken, processors  # noqa: E402
 
-import train  # noqa: E402
 from command_line import UsageError  # noqa: E402
 from data.custom import prepare as custom  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from training import corpus  # noqa: E402  these import the three above
 from training.batches import SubwordRegularizer, load_dataset  # noqa: E402
+from training.building import open_pretrained  # noqa: E402
 from training.state import save_model  # noqa: E402
 from weight_loader import CheckpointError  # noqa: E402
 
@@ -237,8 +237,8 @@ def test_finetuning_wants_the_checkpoints_tokenizer(checkpoint: Write, learned: 
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     prepared(folder, tmp_path / "data")
     data = load_dataset(tmp_path / "data", 8)
-    train.open_pretrained(str(folder), 8, data, {})
+    open_pretrained(str(folder), 8, data, {})
     learned = {**learned, "pre_tokenizer": {**learned["pre_tokenizer"], "add_prefix_space": True}}
     (folder / "tokenizer.json").write_text(json.dumps(learned))
     with pytest.raises(UsageError, match="the dataset's tokenizer is not that of"):
-        train.open_pretrained(str(folder), 8, data, {})
+        open_pretrained(str(folder), 8, data, {})
