@@ -2,7 +2,8 @@
 
 nemo_lora.py reads the archives. A folder has ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``);
 of every module that it changes, ``lora_A.weight`` (rank, in_features) and ``lora_B.weight`` (out_features, rank), which
-add ``scale * B @ A`` to the weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by name.
+add ``scale * B @ A`` to the weight. What PEFT can do besides (DoRA, whole modules, biases, embeddings) is refused by
+name.
 """
 
 from __future__ import annotations

@@ -138,10 +138,10 @@ def _merged_by_peft(model: Any, folder: Path, more: NotPlainError) -> Any:
     odd = sorted(taken.keys() ^ open_weights(weights_file(folder)).tensors.keys())
     if odd:
         raise AdapterError(f"peft takes {folder} for something else: it does not agree with it on {listed(odd)}")
-    error = float((after - before).abs().max() / before.abs().max())
-    if not error < _TOLERANCE:
+    deviation = float((after - before).abs().max() / before.abs().max())
+    if not deviation < _TOLERANCE:
         raise AdapterError(
-            f"{folder} cannot be merged: what peft makes of it computes something else (by {error:.1e}); {more}"
+            f"{folder} cannot be merged: what peft makes of it computes something else (by {deviation:.1e}); {more}"
         )
     merged.config.tie_word_embeddings = merged.lm_head.weight is merged.get_input_embeddings().weight
     return merged

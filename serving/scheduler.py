@@ -124,11 +124,10 @@ class Scheduler:
         for sequence in [each for each in self.running if each.computed < each.length and not each.is_decoding]:
             if budget > 0 and sequence.state is State.RUNNING:
                 budget -= self._continues(sequence, budget, work)
-        # Whoever was put aside just now is not taken back at once.
-        has_room = self.preemptions == preemptions
-        while self.waiting and has_room and budget > 0:
+        while self.waiting and budget > 0:
             sequence = self.waiting[0]
-            if self._places(self.running) + self._places([sequence]) > self.max_sequences or not self._admit(sequence):
+            # Whoever was put aside just now is not taken back at once.
+            if self.preemptions > preemptions or not self._has_place(sequence) or not self._admit(sequence):
                 break
             budget -= self._continues(sequence, budget, work)
         # Whoever was put aside while others were given pages has no work any more.
@@ -260,12 +259,14 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Lets a waiting sequence run, if there are pages for all of its tokens."""
         page_tokens = self.pages.page_tokens
-        # One token at least has to be computed, for its logits; a prompt whose scores are wanted needs those of all.
-        shareable = 0 if sequence.scores_prompt else min(len(sequence.prompt), sequence.length - 1) // page_tokens
+        beside = [] if sequence.group is None else sequence.followers  # beams that will go on from its pages
+        # One token at least has to be computed, for its logits, and one of the prompt where others go on from there; a
+        # prompt whose scores are wanted needs those of all.
+        last = len(sequence.prompt) - 1 if beside else min(len(sequence.prompt), sequence.length - 1)
+        shareable = 0 if sequence.scores_prompt else last // page_tokens
         found = self.pages.find(sequence.keys[:shareable])
         last = sequence.length if self.window is None else min(sequence.length, len(found) * page_tokens + self.window)
         needed = self._pages_of(last) - len(found)
-        beside = [] if sequence.group is None else sequence.followers  # beams that will go on from its pages
         own = [self._pages_of(each.length) - len(each.prompt) // page_tokens for each in beside]
         has_pages = needed + sum(own) <= self.pages.available
         slot = self._adapters.hold(sequence.adapter) if has_pages else None
@@ -319,6 +320,9 @@ class Scheduler:
             self.remove(beam, State.FOLLOWING)
         leader.followers = others
         self.add(leader)
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        return self._places(self.running) + self._places([sequence]) <= self.max_sequences
 
     def _places(self, sequences: list[Sequence]) -> int:
         """How many sequences these count as: a search keeps places for all of its beams."""

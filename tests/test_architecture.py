@@ -319,7 +319,17 @@ def test_heavy_packages_are_not_imported_at_start(program: str) -> None:
 
 def test_every_module_has_its_place() -> None:
     """A new file has to be put somewhere in the order above before anything else can be said about it."""
-    packages = ("adapters", "evaluation", "loading", "quantizing", "serving", "summarizing", "tokenizing", "training", "web")
+    packages = (
+        "adapters",
+        "evaluation",
+        "loading",
+        "quantizing",
+        "serving",
+        "summarizing",
+        "tokenizing",
+        "training",
+        "web",
+    )
     files = [*ROOT.glob("*.py"), *(file for package in packages for file in (ROOT / package).rglob("*.py"))]
     assert {file for file in files if file.name != "__init__.py"} == set(map(program_file, PROGRAMS))
     assert {room_of(file) for file in portable_files()} == {*ROOMS, *DOOR}

@@ -76,7 +76,9 @@ class AdapterNames:
         root = self._folder.resolve()
         found = (root / path).resolve() if "\0" not in path else root.parent
         if not found.is_relative_to(root) or not (found.is_dir() or (found.suffix == NEMO_SUFFIX and found.is_file())):
-            raise AdapterError(f"expected lora_path to be a folder in that of --lora-dir, or a {NEMO_SUFFIX} file, but got {path!r}")
+            raise AdapterError(
+                f"expected lora_path to be a folder in that of --lora-dir, or a {NEMO_SUFFIX} file, but got {path!r}"
+            )
         return self.read(name, found)
 
     def drop(self, name: str) -> bool:

@@ -154,7 +154,11 @@ def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
     (base / "generation_config.json").write_text('{"eos_token_id": [256, 3]}')
     write_lora(tmp_path / "adapter", {"h.0.attn.c_attn": (32, 96)}, rank=3, seed=1)
     folder = merged(tmp_path, base)
-    same = [name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json") if (base / name).is_file()]
+    same = [
+        name
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+        if (base / name).is_file()
+    ]
     assert "tokenizer.json" in same
     for name in same:
         assert (folder / name).read_bytes() == (base / name).read_bytes(), name

@@ -179,12 +179,13 @@ def test_a_search_finds_what_it_finds_alone(
         assert results(busy.told[ticket]) == results(alone.told[expected])
 
 
-def test_searches_are_put_aside_as_a_whole(models: tuple[Any, Any], tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("rest", [[9, 8, 7, 6], [9, 8, 7]], ids=["a page and more", "a page"])
+def test_searches_are_put_aside_as_a_whole(models: tuple[Any, Any], tokenizer: Tokenizer, rest: list[int]) -> None:
     """One or two of them fill the pages: the one that came first is never put aside."""
     _, engine = models
     bench = Bench(engine.paged(PAGE, 36), tokenizer, frozenset())
     how = searching(BeamSettings(4), max_tokens=30, logprobs=0)
-    tickets = [bench.engine.submit([number, 9, 8, 7, 6], how, 4) for number in range(2, 8)]
+    tickets = [bench.engine.submit([number, *rest], how, 4) for number in range(2, 8)]
     groups = [ticket.sequences[0].group for ticket in tickets]
     while bench.engine.has_work:
         bench.turn()
@@ -195,7 +196,7 @@ def test_searches_are_put_aside_as_a_whole(models: tuple[Any, Any], tokenizer: T
     assert bench.engine.scheduler.preemptions > 0 and bench.engine.pages.used == 0
     for ticket, number in zip(tickets, range(2, 8), strict=True):
         alone = Bench(engine.paged(PAGE, 80), tokenizer, frozenset())
-        expected = alone.engine.submit([number, 9, 8, 7, 6], how, 4)
+        expected = alone.engine.submit([number, *rest], how, 4)
         alone.finish()
         assert alone.engine.scheduler.preemptions == 0
         assert results(bench.told[ticket]) == results(alone.told[expected])
