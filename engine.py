@@ -38,15 +38,17 @@ def stderr_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AdapterRoom:
-    """Room for adapters (LoRA) in an engine.
+    """Room for adapters (LoRA) and virtual tokens (prompt tuning) in an engine.
 
     Attributes:
-        count: How many.
+        count: How many adapters.
         ranks: The largest rank of each, for each of ``model.ADAPTED``; 0: adapters leave that layer as it is.
+        prompt_rows: How many virtual tokens.
     """
 
-    count: int
-    ranks: tuple[int, ...]
+    count: int = 0
+    ranks: tuple[int, ...] = (0,) * len(model_module.ADAPTED)
+    prompt_rows: int = 0
 
 
 class HasRanks(Protocol):
@@ -57,10 +59,12 @@ class HasRanks(Protocol):
         """For each of ``model.ADAPTED``."""
 
 
-def room_of(adapters: Sequence[HasRanks]) -> AdapterRoom:
-    """Room for these adapters, and no more."""
+def room_of(adapters: Sequence[HasRanks], prompt_rows: int = 0) -> AdapterRoom | None:
+    """Room for these adapters and so many virtual tokens, and no more; None where there are none."""
+    if not adapters:
+        return AdapterRoom(prompt_rows=prompt_rows) if prompt_rows else None
     ranks = tuple(max(ranks) for ranks in zip(*(each.ranks for each in adapters), strict=True))
-    return AdapterRoom(len(adapters), ranks)
+    return AdapterRoom(len(adapters), ranks, prompt_rows)
 
 
 class Engine:
@@ -78,7 +82,7 @@ class Engine:
     @stderr_kept()
     def __init__(self, executable: tp.Executable, config: GPTConfig, batch: int) -> None:
         self.batch, self.context = batch, config.n_positions
-        self.room = AdapterRoom(config.adapters, config.adapter_ranks)
+        self.room = AdapterRoom(config.adapters, config.adapter_ranks, config.prompt_rows)
         self.executable = executable
         try:
             decoder = Decoder.of(executable)
@@ -91,6 +95,8 @@ class Engine:
             self._slots = np.zeros(batch, np.int32)
             self._tables = [np.zeros(shape, np.float32) for shape in config.adapter_shapes]
             self._tables_there: list[tp.Tensor] = []
+            self._prompts = np.zeros((config.prompt_rows, config.n_embd), np.float32)
+            self._prompts_there: dict[str, tp.Tensor] = {}
             self._dtype = config.tripy_dtype
 
     def paged(self, page_tokens: int, pages: int) -> Decoder | None:
@@ -105,6 +111,17 @@ class Engine:
             return
         Decoder.put_adapter(self._tables, slot, matrices)
         self._tables_there = []
+
+    def set_prompts(self, rows: np.ndarray) -> None:
+        """Gives the embeddings of virtual tokens, as ``Decoder.set_prompts``."""
+        if self._decoder is not None:
+            self._decoder.set_prompts(rows)
+            return
+        if rows.ndim != 2 or rows.shape[1] != self._prompts.shape[1] or len(rows) > len(self._prompts):
+            raise ValueError(f"expected at most {self._prompts.shape} rows of prompts but got {rows.shape}")
+        self._prompts[:] = 0
+        self._prompts[: len(rows)] = rows
+        self._prompts_there = {}
 
     def choose(self, slots: Sequence[int]) -> None:
         """Which adapter each sequence of the batch has from the next step on; 0: none."""
@@ -135,7 +152,9 @@ class Engine:
             if not self._tables_there:
                 self._tables_there = [tp.cast(_to_device(each), self._dtype).eval() for each in self._tables]
             inputs += [_to_device(self._slots), self._tables_there]
-        logits, self._cache = self.executable(*inputs)
+        if len(self._prompts) and not self._prompts_there:
+            self._prompts_there = {"prompts": tp.cast(_to_device(self._prompts), self._dtype).eval()}
+        logits, self._cache = self.executable(*inputs, **self._prompts_there)
         return _to_host(logits)
 
 
@@ -204,7 +223,14 @@ def even_columns(array: np.ndarray, layer: Linear | None) -> np.ndarray:
 @stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
-    return tp.compile(gpt, args=_inputs(gpt.config, batch))
+    return tp.compile(gpt, args=_inputs(gpt.config, batch), kwargs=_prompts(gpt.config))
+
+
+def _prompts(config: GPTConfig) -> dict[str, tp.InputInfo]:
+    """The embeddings of virtual tokens, where there are any."""
+    if not config.prompt_rows:
+        return {}
+    return {"prompts": tp.InputInfo((config.prompt_rows, config.n_embd), dtype=config.tripy_dtype)}
 
 
 def _inputs(config: GPTConfig, batch: int) -> list[tp.InputInfo | list[tp.InputInfo]]:
@@ -242,14 +268,14 @@ def open_engine(
     """
     config = config_of(checkpoint, dtype)
     if room is not None:
-        config = replace(config, adapters=room.count, adapter_ranks=room.ranks)
+        config = replace(config, adapters=room.count, adapter_ranks=room.ranks, prompt_rows=room.prompt_rows)
     if folder is None:
         return Engine(compile_model(load_model(checkpoint, config), batch), config, batch)
     engines = EngineFolder(folder) if isinstance(folder, Path) else folder
     engines.check()
     path = engines.file(
         checkpoint.path,
-        f"{dtype}-batch{batch}{f'-adapters{room.count}' if room else ''}",
+        f"{dtype}-batch{batch}{_described(room)}",
         _key(checkpoint, config, batch),
     )
     if engines.has(path):
@@ -270,6 +296,11 @@ def open_engine(
     return Engine(executable, config, batch)
 
 
+def _described(room: AdapterRoom | None) -> str:
+    counts = {"adapters": room.count, "prompts": room.prompt_rows} if room is not None else {}
+    return "".join(f"-{name}{count}" for name, count in counts.items() if count)
+
+
 def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
     """The executable in a file.
 
@@ -278,6 +309,7 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
     """
     executable = engine_file.load(path)
     wanted = [info for each in _inputs(config, batch) for info in (each if isinstance(each, list) else [each])]
+    wanted += _prompts(config).values()
     if not isinstance(executable, tp.Executable) or list(executable.input_infos.values()) != wanted:
         raise ValueError("it holds something else")
     return executable

@@ -38,6 +38,7 @@ from weight_loader import Checkpoint, CheckpointConfig, CheckpointError, open_ch
 
 if TYPE_CHECKING:
     from adapters.lora import Lora
+    from adapters.prompts import PromptTable
     from engine import Engine
     from serving.offline import OfflineEngine
     from tokenizer import Tokenizer
@@ -98,6 +99,7 @@ class Model:
         config: The checkpoint's settings.
         draft: The smaller model that guesses tokens, if one does.
         loras: Adapters, by their numbers.
+        prompts: Virtual tokens of tasks.
         engines: Where compiled engines are kept.
         report: Takes lines for whoever wants to know more.
     """
@@ -107,6 +109,7 @@ class Model:
     tokenizer: Tokenizer
     draft: Checkpoint | None
     loras: list[Lora]
+    prompts: PromptTable | None
     engines: EngineFolder | None
     report: Callable[[str], None]
     timing: Timing
@@ -133,6 +136,13 @@ def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Tim
         from adapters.lora import find_lora
 
         loras = [find_lora(name, checkpoint) for name in options.lora]
+    prompts = None
+    if options.prompt_table:
+        from adapters.prompts import PromptTable, find_prompts
+
+        found = [each for name in options.prompt_table for each in find_prompts(name, checkpoint)]
+        prompts = PromptTable(found, vocabulary)
+        jobs.tasks = [prompts.ids(number) for number in range(len(found))]
     if isinstance(jobs, JobFile):
         with progress(jobs.size, "B", desc="checking", unit_scale=True) as bar:
             jobs.check(tokenizer, context, vocabulary, bar.update)
@@ -145,7 +155,7 @@ def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Tim
         os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
     engines = engine_cache.chosen(options, lambda message: command_line.report(f"example.py: {message}"))
     report = command_line.report if options.verbose else _ignore
-    return Model(checkpoint, checkpoint.config, tokenizer, draft, loras, engines, report, timing)
+    return Model(checkpoint, checkpoint.config, tokenizer, draft, loras, prompts, engines, report, timing)
 
 
 def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None:
@@ -198,6 +208,8 @@ def answer_file(jobs: JobFile, model: Model, options: argparse.Namespace) -> Non
 
     identity = {"model": model.checkpoint.fingerprint(), "endings": list(model.config.eos_token_ids)}
     identity |= {"dtype": options.dtype, "adapters": [each.digest for each in model.loras]}
+    if model.prompts is not None:
+        identity["prompts"] = model.prompts.digest
     offline = open_offline(jobs, model, options)
     results = open_results(options.output, jobs, identity, options.has_seed)
     with progress(jobs.count, "prompt", initial=results.done) as bar:
@@ -221,9 +233,11 @@ def open_offline(jobs: Jobs, model: Model, options: argparse.Namespace) -> Offli
     from serving.opening import open_model, open_speculation
 
     together = min(jobs.sequences, MAX_SEQUENCES)
-    room = room_of(model.loras) if model.loras else None
+    room = room_of(model.loras, 0 if model.prompts is None else len(model.prompts.rows))
     opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report, room, jobs.beams)
     adapters = [Adapter(each.name, each.tables(room.ranks)) for each in model.loras] if room is not None else []
+    if model.prompts is not None:
+        opened.decoder.set_prompts(model.prompts.rows)
     speculation = open_speculation(options.speculate, model.draft, options.dtype, model.engines, model.report)
     del model.checkpoint, model.draft
     model.timing.compiled = time.perf_counter()
@@ -283,7 +297,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         if isinstance(jobs, JobFile):
             answer_file(jobs, model, options)
-        elif jobs.answers == 1 and options.speculate is None and options.beams is None and not options.lora:
+        elif jobs.answers == 1 and not (options.speculate or options.beams or options.lora or options.prompt_table):
             answer_one(jobs, model, options)
         else:
             answer_all(jobs, model, options)

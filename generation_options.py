@@ -64,6 +64,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--lora-task-ids", metavar="N", nargs="+", type=int, help="each prompt's adapter; -1: none (default: the one)"
     )
+    parser.add_argument(
+        "--prompt-table", metavar="NAME", nargs="+", default=[], help="prompts of virtual tokens, by tasks from 0 on"
+    )
+    parser.add_argument(
+        "--prompt-tasks", metavar="N", nargs="+", type=int, help="each prompt's task; -1: none (default: the one)"
+    )
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text (repeatable)")
     parser.add_argument(
         "--dtype",
@@ -99,6 +105,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.jsonl and options.stream:
         raise UsageError("expected --jsonl or --stream but got both")
     check_adapters(options)
+    if options.jsonl and options.prompt_tasks is not None:
+        raise UsageError("expected --prompt-tasks without --jsonl: its lines have prompt_task")
     if options.output is not None and not options.jsonl:
         raise UsageError("expected --jsonl with --output: a text goes to standard output")
     settle_drawing(options)
@@ -130,16 +138,15 @@ def check_adapters(options: argparse.Namespace) -> None:
             raise UsageError(f"expected --lora-task-ids to be {described_adapters(count)} but got {each}")
 
 
-def adapters_of(options: argparse.Namespace, prompts: int) -> list[int]:
-    """The number of each prompt's adapter.
+def one_each(option: str, numbers: list[int], prompts: int) -> list[int]:
+    """The number of each prompt.
 
     Raises:
-        UsageError: there are not as many numbers as prompts.
+        UsageError: there are not as many numbers as prompts, nor one for all.
     """
-    ids = options.lora_task_ids or [0 if options.lora else NO_ADAPTER]
-    if len(ids) not in (1, prompts):
-        raise UsageError(f"expected --lora-task-ids to be one number, or {prompts}, one a prompt, but got {len(ids)}")
-    return list(ids) * (prompts if len(ids) == 1 else 1)
+    if len(numbers) not in (1, prompts):
+        raise UsageError(f"expected {option} to be one number, or {prompts}, one a prompt, but got {len(numbers)}")
+    return list(numbers) * (prompts if len(numbers) == 1 else 1)
 
 
 def settle_drawing(options: argparse.Namespace) -> None:
@@ -220,7 +227,16 @@ def find_jobs(options: argparse.Namespace) -> Prompts | JobFile:
     )
     if not options.jsonl:
         prompts = read_prompts(options)
-        return Prompts(prompts, usual, options.num_samples, options.batch, adapters_of(options, len(prompts)))
+        adapters = options.lora_task_ids or [0 if options.lora else NO_ADAPTER]
+        tasks = options.prompt_tasks
+        return Prompts(
+            prompts,
+            usual,
+            options.num_samples,
+            options.batch,
+            one_each("--lora-task-ids", adapters, len(prompts)),
+            None if tasks is None else one_each("--prompt-tasks", tasks, len(prompts)),
+        )
     if options.output is not None:
         from serving.results import check_new
 

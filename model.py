@@ -69,6 +69,7 @@ class GPTConfig:
     pre_quant_scale: bool = True  # int4-weight-only: inputs are multiplied by AWQ's scales first
     adapters: int = 0  # how many adapters (LoRA) there is room for, of which each sequence has one, or none
     adapter_ranks: tuple[int, ...] = (0, 0, 0, 0)  # their ranks for each of ADAPTED; 0: they leave it as it is
+    prompt_rows: int = 0  # virtual tokens (prompt tuning), whose ids come after the vocabulary's
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -118,6 +119,8 @@ class GPTConfig:
                 f"expected adapters and {len(ADAPTED)} adapter_ranks of at least 0 but got {self.adapters} and "
                 f"{self.adapter_ranks}"
             )
+        if self.prompt_rows < 0:
+            raise ValueError(f"expected prompt_rows to be at least 0 but got {self.prompt_rows}")
         has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
         if has_table and self.quant_mode != "int8-weight-only":
             raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
@@ -305,10 +308,11 @@ class GPT(tp.Module):
         last: tp.Tensor | None = None,
         slot: tp.Tensor | None = None,
         tables: Sequence[tp.Tensor] = (),
+        prompts: tp.Tensor | None = None,
     ) -> tp.Tensor | tuple[tp.Tensor, tp.Tensor]:
         """
         Args:
-            idx: Token ids, (B, T) int32.
+            idx: Token ids, (B, T) int32. With ``prompts`` they go on beyond the vocabulary.
             position: How many tokens of each sequence are in the cache already, (B,) int32. position + T may reach C.
             cache: The key-value cache, ``config.cache_shape(B)``, in the model's type. What lies at or beyond
                 ``position`` in it is never read, so rows of a batch may have different lengths, and prompts may be
@@ -317,6 +321,7 @@ class GPT(tp.Module):
                 ``idx``, (B,) int32.
             slot: Which adapter each sequence has, (B,) int32; 0: none.
             tables: Of the adapters, in ``config.adapter_shapes`` and the model's type.
+            prompts: Embeddings of the ids from V on, (P, E) in the model's type (Lester et al. 2021).
 
         Returns:
             Logits in float32, (B, T, V), or (B, V) with ``last``. With a cache: the logits and the new cache.
@@ -324,7 +329,7 @@ class GPT(tp.Module):
         batch, length = idx.shape
         ahead = tp.unsqueeze(tp.iota((length,), dtype=tp.int32), 0)  # (1, T)
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
-        x = self.lm_head.rows(idx) if self.config.embedding_is_head else self.wte(idx)  # (B, T, E)
+        x = self.embedded(idx) if prompts is None else self.prompted(idx, prompts)  # (B, T, E)
         x = x if self.config.is_rotary else x + self.wpe(positions)
 
         if cache is None:
@@ -363,6 +368,16 @@ class GPT(tp.Module):
         if self.config.cache_dtype is tp.int8:
             new_cache = tp.cast(new_cache, tp.int8)  # integers already
         return logits, new_cache
+
+    def embedded(self, idx: tp.Tensor) -> tp.Tensor:
+        """Rows of the token embedding, (B, T) → (B, T, E)."""
+        return self.lm_head.rows(idx) if self.config.embedding_is_head else self.wte(idx)
+
+    def prompted(self, idx: tp.Tensor, prompts: tp.Tensor) -> tp.Tensor:
+        """The same, and of ids from V on rows of ``prompts`` (P, E)."""
+        count = self.config.vocab_size
+        own = self.embedded(tp.minimum(idx, count - 1))
+        return tp.where(tp.unsqueeze(idx < count, 2), own, tp.gather(prompts, 0, tp.maximum(idx - count, 0)))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
+    from adapters.prompts import PromptTable
     from engine import AdapterRoom
     from serving.http.adapters import AdapterNames
     from serving.http.service import Service
@@ -106,6 +107,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     adapters.add_argument(
         "--max-lora-rank", metavar="N", type=int, help="of those that are loaded later (default: 16, or what is needed)"
     )
+    adapters.add_argument(
+        "--prompt-tables",
+        metavar="NAME=FILE",
+        nargs="+",
+        default=[],
+        help="prompt tables: requests for NAME, or for NAME:TASK of several tasks, begin with a task's virtual tokens",
+    )
     engine.add_argument("--threads", metavar="N", type=int, help="of the runtime (default: the cores that it may use)")
     quantization.add_arguments(parser.add_argument_group("quantization"))
     command_line.add_engine_arguments(parser)
@@ -126,25 +134,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         max_cpu_loras=(1, 1 << 16),
         max_lora_rank=(1, 256),
     )
-    options.lora_modules = [_named_folder(each) for each in options.lora_modules]
-    names = [name for name, _ in options.lora_modules]
+    options.lora_modules = [_named_path("lora-modules", each) for each in options.lora_modules]
+    options.prompt_tables = [_named_path("prompt-tables", each) for each in options.prompt_tables]
+    names = [name for name, _ in (*options.lora_modules, *options.prompt_tables)]
     for name in names:
         if names.count(name) > 1 or name == options.served_model_name:
-            raise UsageError(f"expected --lora-modules to have names of their own but {name!r} is there twice")
-    if len(names) > options.max_cpu_loras:
+            raise UsageError(
+                f"expected --lora-modules and --prompt-tables to have names of their own but {name!r} is there twice"
+            )
+    if len(options.lora_modules) > options.max_cpu_loras:
         raise UsageError(
-            f"expected at most {options.max_cpu_loras} --lora-modules (--max-cpu-loras) but got {len(names)}"
+            f"expected at most {options.max_cpu_loras} --lora-modules (--max-cpu-loras) but got "
+            f"{len(options.lora_modules)}"
         )
     if options.lora_dir is not None and not options.lora_dir.is_dir():
         raise UsageError(f"expected --lora-dir to be a folder but got {options.lora_dir}")
     return options
 
 
-def _named_folder(text: str) -> tuple[str, str]:
-    name, found, folder = text.partition("=")
-    if not (name and found and folder):
-        raise UsageError(f"expected --lora-modules to be NAME=DIR but got {text!r}")
-    return name, folder
+def _named_path(option: str, text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not (name and found and path):
+        raise UsageError(f"expected --{option} to be NAME=PATH but got {text!r}")
+    return name, path
 
 
 def api_key(options: argparse.Namespace) -> str | None:
@@ -216,7 +228,8 @@ def build_service(options: argparse.Namespace) -> Service:
     tokenizer = load_tokenizer(checkpoint.tokenizer_source, checkpoint.config.vocab_size)
     template = _template(options, checkpoint)
     draft = open_draft(options.speculate, checkpoint, tokenizer)
-    adapters, room = _adapters(options, checkpoint)
+    prompts = _prompts(options, checkpoint)
+    adapters, room = _adapters(options, checkpoint, prompts)
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
     if options.threads is not None:
@@ -230,6 +243,8 @@ def build_service(options: argparse.Namespace) -> Service:
         speculation = open_speculation(options.speculate, draft, options.dtype, engines, command_line.report)
     except EngineError as error:
         raise UsageError(str(error)) from None
+    if prompts.prompts:
+        opened.decoder.set_prompts(prompts.rows)
     if engines is not None:
         engines.save_pending(wait=False)
     bridge = Bridge()
@@ -251,7 +266,26 @@ def build_service(options: argparse.Namespace) -> Service:
     return service
 
 
-def _adapters(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[AdapterNames | None, AdapterRoom | None]:
+def _prompts(options: argparse.Namespace, checkpoint: Checkpoint) -> PromptTable:
+    """The tasks' prompts, by the names that requests call them.
+
+    Raises:
+        AdapterError: one cannot be used.
+    """
+    from adapters.prompts import Prompt, PromptTable, find_prompts
+
+    found = []
+    for name, path in options.prompt_tables:
+        prompts = find_prompts(path, checkpoint)
+        for number, each in enumerate(prompts):
+            task = str(number) if each.name is None else each.name
+            found.append(Prompt(name if len(prompts) == 1 else f"{name}:{task}", each.rows))
+    return PromptTable(found, checkpoint.config.vocab_size)
+
+
+def _adapters(
+    options: argparse.Namespace, checkpoint: Checkpoint, prompts: PromptTable
+) -> tuple[AdapterNames | None, AdapterRoom | None]:
     """The adapters that there are from the start, and the room for them and for those that may come.
 
     Raises:
@@ -262,21 +296,24 @@ def _adapters(options: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Adap
     from engine import AdapterRoom, room_of
     from serving.http.adapters import AdapterNames
 
-    if not options.lora_modules and options.lora_dir is None:
+    if not options.lora_modules and options.lora_dir is None and not prompts.prompts:
         return None, None
     base = Described(checkpoint.path, checkpoint.config, checkpoint.layout)
     loras = [(name, find_lora(folder, base)) for name, folder in options.lora_modules]
-    room = room_of([lora for _, lora in loras]) if loras else AdapterRoom(0, (0, 0, 0, 0))
+    room = room_of([lora for _, lora in loras]) or AdapterRoom()
     count, ranks = min(len(loras), options.max_loras), room.ranks
-    if options.max_lora_rank is not None:
+    if options.lora_dir is None and not loras:
+        count = 0
+    elif options.max_lora_rank is not None:
         count, ranks = options.max_loras, ranks_for(base, options.max_lora_rank)
     elif options.lora_dir is not None:
         usual = ranks_for(base, USUAL_RANK)
         count, ranks = options.max_loras, tuple(map(max, usual, ranks))
-    names = AdapterNames(base, ranks, options.max_cpu_loras, options.lora_dir)
+    ids = {each.name or "": prompts.ids(number) for number, each in enumerate(prompts.prompts)}
+    names = AdapterNames(base, ranks, options.max_cpu_loras, options.lora_dir, ids)
     for name, lora in loras:
         names.add(name, lora)
-    return names, AdapterRoom(count, ranks)
+    return names, AdapterRoom(count, ranks, len(prompts.rows))
 
 
 def _name(options: argparse.Namespace) -> str:

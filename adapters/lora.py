@@ -208,7 +208,8 @@ def _check(settings: dict[str, Any], path: Path) -> None:
     """Refuses by its name what would be left out."""
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{path}: expected peft_type to be LORA but got {shown(kind)}")
+        hint = ": it is for --prompt-table" if kind in ("PROMPT_TUNING", "P_TUNING") else ""
+        raise AdapterError(f"{path}: expected peft_type to be LORA but got {shown(kind)}{hint}")
     if settings.get("modules_to_save"):
         raise NotPlainError(
             f"{path}: modules_to_save ({shown(settings['modules_to_save'])}) replaces whole modules, which an adapter "

@@ -99,7 +99,7 @@ def _add(model: Any, checkpoint: Checkpoint, lora: Lora) -> None:
     changed = [each for each in parameters(config, layout) if each.name.split(".", 2)[-1] in pairs]
     weights = dict(model.named_parameters())
     with torch.no_grad():
-        for parameter in tqdm(changed, "merging", unit="layer", leave=False, file=sys.stderr):
+        for parameter in tqdm(changed, "merging", unit="layer", leave=False, file=sys.stderr, disable=None):
             _, layer, name = parameter.name.split(".", 2)
             downs, ups = pairs[name]
             delta = ups[int(layer)].T @ downs[int(layer)]  # (out_features, in_features)

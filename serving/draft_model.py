@@ -23,10 +23,10 @@ class DraftModel:
 
     def guess(self, sequence: Sequence, count: int) -> list[int]:
         state = self._states.setdefault(sequence, _State())
-        count = min(count, self._decoder.context - sequence.length)
+        count = min(count, self._decoder.context - (sequence.length - sequence.virtual))
         if count < 1:
             return []
-        tokens = sequence.prompt + sequence.generated
+        tokens = sequence.known + sequence.generated
         state.keep(tokens)
         try:
             needed = -(-(len(tokens) + count) // self._decoder.page_tokens) - len(state.pages)

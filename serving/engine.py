@@ -48,6 +48,9 @@ class BatchedDecoder(Protocol):
     def set_adapter(self, slot: int, matrices: Sequence_[np.ndarray | None] | None) -> None:
         """Puts an adapter into a slot, from 1 to ``slots``."""
 
+    def set_prompts(self, rows: np.ndarray) -> None:
+        """Gives the embeddings of virtual tokens, whose ids come after the vocabulary's."""
+
     def copy(self, source: int, target: int) -> None:
         """Makes page ``target`` what ``source`` is."""
 
@@ -176,6 +179,7 @@ class ServingEngine:
         salt: bytes = b"",
         first: int = 0,
         adapter: Adapter | None = None,
+        virtual: Sequence_[int] = (),
     ) -> Ticket:
         """Hands in a request; its updates are delivered.
 
@@ -187,18 +191,23 @@ class ServingEngine:
             first: The number with which the first of them draws, the next with the next one: more answers to a prompt
                 that has some already.
             adapter: That its answers have; None: none.
+            virtual: Ids of virtual tokens before the prompt.
 
         Raises:
             RequestError: it cannot be carried out.
             QueueFull: too many wait already, or the engine is ending.
         """
         settings.check(self.decoder.vocabulary)
-        room = self.decoder.context - len(prompt)
         if not prompt:
             raise RequestError("expected a prompt of at least one token but got none", "prompt")
+        if virtual and settings.prompt_logprobs is not None:
+            raise RequestError("virtual tokens have no probabilities: leave prompt_logprobs out", "prompt_logprobs")
+        known, prompt = prompt, [*virtual, *prompt]
+        room = self.decoder.context - len(prompt)
         if room < 0 or (settings.max_tokens > 0 and room + 1 < settings.max_tokens):
+            own = f", {len(virtual)} of them virtual," if virtual else ""
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {settings.max_tokens}: expected at most "
+                f"the prompt has {len(prompt)} tokens{own} and max_tokens is {settings.max_tokens}: expected at most "
                 f"{self.decoder.context + 1} together, the model's context and one more",
                 "prompt" if room < 0 else "max_tokens",
             )
@@ -218,10 +227,11 @@ class ServingEngine:
         number = next(self._numbers)
         keys = self.pages.keys(prompt, salt if adapter is None else adapter.salted(salt))
         for choice in range(choices):
-            drawer = Drawer(settings, first + choice, prompt, endings)
+            drawer = Drawer(settings, first + choice, known, endings)
             text = AnswerText(self.tokenizer, settings.stop, settings.include_stop)
             order = (priority, number, choice)
             sequence = Sequence(order, choice, prompt, settings, endings, drawer, text, keys, adapter)
+            sequence.virtual = len(virtual)
             ticket.sequences.append(sequence)
         if settings.beams is not None:
             search = BeamSearch(settings.beams, endings, settings.max_tokens, settings.logprobs)

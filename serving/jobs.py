@@ -24,7 +24,7 @@ from response import encode_prompt
 from serving.settings import BeamSettings, RequestError, SamplingSettings
 from tokenizer import Tokenizer, UnknownCharacterError
 
-NO_ADAPTER = -1  # as TensorRT-LLM's examples number it
+NO_ADAPTER = NO_TASK = -1  # as TensorRT-LLM's examples number them
 MAX_CHOICES = 1024  # answers to one prompt, which are in memory together
 
 # What a line may have beside its prompt, and of which types. Most are fields of the sampling settings.
@@ -44,6 +44,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "presence_penalty": _NUMBER,
     "stop": ((str, list), "a text or a list of texts"),
     "lora_task_id": _INTEGER,
+    "prompt_task": _INTEGER,
     "num_beams": _INTEGER,
     "length_penalty": _NUMBER,
     "early_stopping": ((bool, str), "true, false or a text"),
@@ -64,6 +65,7 @@ class Request:
         index: Which of all requests it is, from 0.
         custom_id: What its author calls it.
         adapter: The number of the one that its answers have; ``NO_ADAPTER``: none.
+        virtual: Ids of virtual tokens before the prompt's.
     """
 
     prompt: str
@@ -73,6 +75,7 @@ class Request:
     index: int = 0
     custom_id: str | int | None = None
     adapter: int = NO_ADAPTER
+    virtual: Sequence[int] = ()
 
     @property
     def width(self) -> int:
@@ -87,12 +90,14 @@ class Jobs(Protocol):
     Attributes:
         count, answers: How many requests and answers there are; of a file, once :meth:`check` has counted them.
         sequences: How many sequences they take, ``beams`` of them at once for the widest search, or one.
+        tasks: The virtual tokens of each task, for whoever has read them before :meth:`check`.
     """
 
     count: int
     answers: int
     sequences: int
     beams: int
+    tasks: Sequence[Sequence[int]]
 
     def check(self, tokenizer: Tokenizer, context: int, vocabulary: int) -> None:
         """Looks at all of them, so that what is wrong with any is known before anything is computed.
@@ -115,6 +120,7 @@ class Prompts:
         choices: Answers to each.
         path: The file that they are the lines of, if they are.
         adapters: The number of each prompt's adapter.
+        chosen: The number of each prompt's task; None: the only one, where there is one.
     """
 
     def __init__(
@@ -124,9 +130,12 @@ class Prompts:
         choices: int,
         path: Path | None,
         adapters: Sequence[int] = (),
+        chosen: Sequence[int] | None = None,
     ) -> None:
         self._prompts, self._settings, self._choices, self._path = prompts, settings, choices, path
         self._adapters = adapters or [NO_ADAPTER] * len(prompts)
+        self._chosen = chosen
+        self.tasks: Sequence[Sequence[int]] = ()
         self.count, self.answers = len(prompts), len(prompts) * choices
         self.beams = 1 if settings.beams is None else settings.beams.beams
         self.sequences = len(prompts) * max(choices, self.beams)
@@ -144,12 +153,33 @@ class Prompts:
     def _request(self, index: int, tokenizer: Tokenizer, context: int) -> Request:
         prompt = self._prompts[index]
         try:
-            ids = encode_prompt(prompt, tokenizer, context)
+            virtual = self._virtual(index)
+            ids = encode_prompt(prompt, tokenizer, context - len(virtual))
         except (UsageError, UnknownCharacterError) as error:
             where = "" if self._path is None else f" on line {index + 1} of {self._path}"
             raise UsageError(f"{error}{where}") from None
-        settings = _fitted(self._settings, len(ids), context)
-        return Request(prompt, ids, settings, self._choices, index, adapter=self._adapters[index])
+        settings = _fitted(self._settings, len(ids), context - len(virtual))
+        return Request(prompt, ids, settings, self._choices, index, adapter=self._adapters[index], virtual=virtual)
+
+    def _virtual(self, index: int) -> Sequence[int]:
+        if self._chosen is None and len(self.tasks) > 1:
+            raise UsageError(
+                f"expected --prompt-tasks with {len(self.tasks)} tasks: the number of each prompt's, or -1"
+            )
+        return _virtual(None if self._chosen is None else self._chosen[index], self.tasks, "--prompt-tasks")
+
+
+def _virtual(task: int | None, tasks: Sequence[Sequence[int]], name: str) -> Sequence[int]:
+    """The virtual tokens of a task; of None those of the only one, where there is one.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    task = task if task is not None else 0 if len(tasks) == 1 else NO_TASK
+    if not NO_TASK <= task < len(tasks):
+        there = f" to {len(tasks) - 1}" if tasks else ", as there is no --prompt-table,"
+        raise UsageError(f"expected {name} to be {NO_TASK} (none){there} but got {task}")
+    return () if task == NO_TASK else tasks[task]
 
 
 def _fitted(settings: SamplingSettings, prompt_tokens: int, context: int) -> SamplingSettings:
@@ -181,6 +211,7 @@ class JobFile:
         self.count = self.answers = self.sequences = 0
         self.beams = 1
         self.digest = ""
+        self.tasks: Sequence[Sequence[int]] = ()
         try:
             self._file: BinaryIO = path.open("rb")
             if not self._file.seekable():
@@ -203,7 +234,7 @@ class JobFile:
         for index, line in enumerate(self._lines()):
             request = self._request(index, line, tokenizer, context, vocabulary)
             digest.update(line)
-            digest.update(repr(request.ids).encode())
+            digest.update(repr([*request.virtual, *request.ids]).encode())
             self.count, self.answers = index + 1, self.answers + request.choices
             self.sequences += request.width
             if request.settings.beams is not None:
@@ -255,11 +286,12 @@ class JobFile:
             settings.check(vocabulary)
             if settings.beams is not None and choices > settings.beams.beams:
                 raise RequestError(f"expected n to be at most num_beams ({settings.beams.beams}) but got {choices}")
-            ids = encode_prompt(fields["prompt"], tokenizer, context)
+            virtual = _virtual(fields.get("prompt_task"), self.tasks, "prompt_task")
+            ids = encode_prompt(fields["prompt"], tokenizer, context - len(virtual))
         except (RequestError, UsageError, UnknownCharacterError) as error:
             raise UsageError(f"{error} on {where}") from None
-        settings = _fitted(settings, len(ids), context)
-        return Request(fields["prompt"], ids, settings, choices, index, fields.get("custom_id"), adapter)
+        settings = _fitted(settings, len(ids), context - len(virtual))
+        return Request(fields["prompt"], ids, settings, choices, index, fields.get("custom_id"), adapter, virtual)
 
 
 def described_adapters(count: int) -> str:

@@ -133,7 +133,12 @@ class OfflineEngine:
             request, samples = part
             adapter = None if request.adapter == NO_ADAPTER else self._adapters[request.adapter]
             ticket = self._engine.submit(
-                request.ids, request.settings, len(samples), first=samples.start, adapter=adapter
+                request.ids,
+                request.settings,
+                len(samples),
+                first=samples.start,
+                adapter=adapter,
+                virtual=request.virtual,
             )
             answers = [Answer(request, sample, self) for sample in samples]
             self._answers_of[ticket] = answers

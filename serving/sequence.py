@@ -78,6 +78,7 @@ class Sequence:
         prompt: The prompt's ids; ``generated``: the answer's.
         endings: Ids that end the answer.
         keys: What the prompt's full pages are known by.
+        virtual: How many of the prompt's tokens, its first, are virtual ones, which no vocabulary has.
         adapter: That it has, if it has one; ``slot``: where the decoder has it while the sequence runs.
         pages: Where its tokens lie; -1 for one that was given back, as no token sees it any more.
         computed: How many tokens have their keys and values in the pages.
@@ -101,6 +102,7 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     adapter: Adapter | None = None
     slot: int = 0
+    virtual: int = 0
     state: State = State.WAITING
     generated: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -118,6 +120,11 @@ class Sequence:
     def length(self) -> int:
         """How many tokens there are, the prompt's and the answer's."""
         return len(self.prompt) + len(self.generated)
+
+    @property
+    def known(self) -> list[int]:
+        """The prompt's ids that the vocabulary has."""
+        return self.prompt[self.virtual :]
 
     @property
     def is_decoding(self) -> bool:

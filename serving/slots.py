@@ -40,6 +40,10 @@ class SlotDecoder:
         """As ``Decoder.set_adapter``."""
         self._engine.set_adapter(slot, matrices)
 
+    def set_prompts(self, rows: np.ndarray) -> None:
+        """As ``Decoder.set_prompts``."""
+        self._engine.set_prompts(rows)
+
     def step(self, pieces: Sequence[Piece]) -> np.ndarray:
         """As ``Decoder.step``."""
         for row in range(self._engine.batch):

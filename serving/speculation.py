@@ -53,10 +53,10 @@ class _Occurrences:
     def after_last(self, sequence: Sequence, count: int) -> list[int]:
         tokens = self._tokens
         if not tokens:
-            tokens += sequence.prompt
+            tokens += sequence.known
             self._learn(0)
         start = len(tokens)
-        tokens += sequence.generated[start - len(sequence.prompt) :]
+        tokens += sequence.generated[start - (len(sequence.prompt) - sequence.virtual) :]
         self._learn(start)
         for size in self._sizes:
             end = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None

@@ -217,6 +217,9 @@ class NemoArchive:
         if not isinstance(state, dict):
             raise CheckpointError(f"expected a dict of tensors in {where}, got a {type(state).__name__}")
         notation = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        prompts = state.pop("prompt_table", None)  # a dict within, of prompt learning
+        if isinstance(prompts, dict):
+            state |= {f"prompt_table.{key}": tensor for key, tensor in prompts.items()}
         for key, tensor in state.items():
             if isinstance(key, str) and key.endswith("_extra_state"):
                 continue

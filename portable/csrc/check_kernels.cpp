@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -216,14 +217,16 @@ void check_attention(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_
 
 void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t width) {
     const Stored table = stored(dtype, 5, width), positions = stored(Dtype::bf16, tokens + 3, width);
+    const Stored prompts = stored(Dtype::f16, 3, width);
     const std::vector<float> scale = floats(width), bias = floats(width);
     std::vector<int32_t> ids(static_cast<size_t>(2 * tokens)), first = {0, 3}, last = {0, -1};
-    for (int32_t& id : ids) id = static_cast<int32_t>(random_bits() % 10) - 5;
+    for (int32_t& id : ids) id = static_cast<int32_t>(random_bits() % 13) - 5;
     Operation embedding, norm, rows;
     embedding.kind = Kind::embedding;
     embedding.y = 0;
     embedding.tokens = 0;
     embedding.position = 1;
+    embedding.prompts = 0;
     embedding.weight = {table.bytes.data(), dtype, 5, width, nullptr, 0, 0, false};
     embedding.positions = {positions.bytes.data(), Dtype::bf16, tokens + 3, width, nullptr, 0, 0, false};
     norm.kind = Kind::norm;
@@ -242,13 +245,23 @@ void check_rows(const Kernels& kernels, Dtype dtype, int64_t tokens, int64_t wid
     rows.last = 2;
     Program program(kernels, {embedding, norm, rms, rows}, {0, 1, 0, kNone}, {width, width, width, width}, {}, {3});
     std::vector<float> y(static_cast<size_t>(2 * width));
-    program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {}, {{y.data(), 2, 1}});
+    const std::vector<Table> tables = {{prompts.bytes.data(), Dtype::f16, 1, 1, 3, width}};
+    const auto run = [&] {
+        program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, tables, {}, {{y.data(), 2, 1}});
+    };
+    const auto refuses = [&](const char* what) {
+        try {
+            run();
+            expect(what, kernels.name, 1, 0, 0);
+        } catch (const IndexError&) {
+        }
+    };
+    run();
+    const int32_t id = std::exchange(ids[0], 8);
+    refuses("an id beyond the prompts' rows");
+    ids[0] = id;
     first[1] = 4;
-    try {
-        program.run({{ids.data(), 2, tokens}, {first.data(), 2, 1}, {last.data(), 2, 1}}, {}, {}, {}, {{y.data(), 2, 1}});
-        expect("an index beyond the table", kernels.name, 1, 0, 0);
-    } catch (const IndexError&) {
-    }
+    refuses("a position beyond the table");
 }
 
 // All targets run, whatever follows the last vector; int8 is compared.

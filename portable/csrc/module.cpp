@@ -149,7 +149,7 @@ public:
         const std::vector<Table> chosen = filled(adapters, held_tables);
         const Buffer zeros(empty);
         for (const Table& each : chosen)
-            if (zeros.bytes() != each.slots) throw nb::value_error("expected a byte for each slot");
+            if (each.slots > 1 && zeros.bytes() != each.slots) throw nb::value_error("expected a byte for each slot");
         if (caches_.size() != 1) throw nb::value_error("expected a model with one cache");
         std::vector<Cache> stores = caches_;
         Cache& cache = stores[0];
@@ -233,6 +233,7 @@ private:
         number("up", operation.up);
         number("outputs", operation.outputs);
         number("tokens", operation.tokens);
+        number("prompts", operation.prompts);
         number("position", operation.position);
         number("last", operation.last);
         number("cache", operation.cache);

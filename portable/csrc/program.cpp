@@ -111,8 +111,17 @@ void Program::plan(Call& call, const Operation& operation, int64_t& shared) {
         case Kind::embedding: {
             const IntegerInput& tokens = call.tokens_of(operation);
             y = {nullptr, tokens.batch, tokens.length, tokens.length == 1 ? tokens.batch : 0};
-            for (int64_t i = 0; i < y.rows(); ++i)
-                check_index("gather of token embeddings", tokens.data[i], operation.weight.rows);
+            int64_t ids = operation.weight.rows;
+            if (operation.prompts != kNone) {
+                const Table& prompts = call.tables[static_cast<size_t>(operation.prompts)];
+                if (prompts.width != operation.weight.width || prompts.slots != 1 || prompts.layers != 1)
+                    throw std::invalid_argument("embedding: the rows of prompts do not fit the tokens'");
+                ids += prompts.rank;
+            }
+            for (int64_t i = 0; i < y.rows(); ++i) {
+                if (tokens.data[i] >= operation.weight.rows) check_index("gather of token embeddings", tokens.data[i], ids);
+                else check_index("gather of token embeddings", tokens.data[i], operation.weight.rows);
+            }
             const auto check_positions = [&](int64_t first, int64_t count) {
                 if (count == 0 || !operation.positions.data) return;
                 check_index("gather of position embeddings", first, operation.positions.rows);

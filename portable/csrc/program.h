@@ -44,6 +44,7 @@ struct Operation {
     int64_t outputs = 0;
 
     int tokens = kNone;    // embedding's ids (B, T), among the integer inputs
+    int prompts = kNone;   // embedding: among the tables, rows of the ids that come after the weight's
     int position = kNone;  // embedding's and attention's (B,)
     int last = kNone;      // last_rows' (B,)
 
@@ -78,7 +79,7 @@ struct FloatArray {
     int64_t batch = 0, length = 0;
 };
 
-// What tokens choose of by number: the matrices of adapters, (slots, layers, rank, width).
+// What tokens choose of by number: the matrices of adapters, (slots, layers, rank, width), or rows, (1, 1, rows, width).
 struct Table {
     const void* data = nullptr;
     Dtype dtype = Dtype::f32;

@@ -167,6 +167,11 @@ void Program::embedding(const Operation& operation, const Call& call, ThreadPool
     const IntegerInput& tokens = call.tokens_of(operation);
     const Value& y = value(operation.y);
     const int64_t width = operation.weight.width;
+    Matrix prompts;
+    if (operation.prompts != kNone) {
+        const Table& table = call.tables[static_cast<size_t>(operation.prompts)];
+        prompts = {table.data, table.dtype, table.rank, width, nullptr, 0, 0, false};
+    }
     pool.each(y.rows(), [&](int64_t row, int thread) {
         float* own = memory_of(thread);
         const int64_t b = row / y.length, t = row % y.length;
@@ -174,7 +179,9 @@ void Program::embedding(const Operation& operation, const Call& call, ThreadPool
         if (call.segments) position = positions_[static_cast<size_t>(row)];
         else if (operation.position != kNone) position += (*call.integers)[static_cast<size_t>(operation.position)].data[b];
         float* to = y.data + row * width;
-        kernels_.load_row(operation.weight, wrapped(tokens.data[row], operation.weight.rows), to);
+        const int64_t id = tokens.data[row], known = operation.weight.rows;
+        if (id < known) kernels_.load_row(operation.weight, wrapped(id, known), to);
+        else kernels_.load_row(prompts, id - known, to);
         if (!operation.positions.data) return;
         kernels_.load_row(operation.positions, wrapped(position, operation.positions.rows), own);
         for (int64_t i = 0; i < width; ++i) to[i] += own[i];

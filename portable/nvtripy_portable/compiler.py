@@ -18,6 +18,7 @@ from nvtripy_portable.passes import (
     linear,
     low_rank,
     merge_equal,
+    prompt_rows,
     rms_norm,
     rotary,
     weights,
@@ -35,6 +36,7 @@ PASSES = (
     layer_norm.run,
     rotary.run,
     attention.run,
+    prompt_rows.run,
     embedding.run,
     last_rows.run,
     merge_equal.run,  # weights that two passes made rows of

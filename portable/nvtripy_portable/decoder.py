@@ -1,7 +1,8 @@
 """A compiled model that continues any mix of sequences, called without nvtripy in between.
 
 The compiled function is ``(idx, position, cache, last) -> (logits, cache)``, for as many sequences of one length as it
-was compiled for; where sequences choose among adapters (LoRA), ``slot`` and the adapters' tables come after these. What
+was compiled for; where sequences choose among adapters (LoRA), ``slot`` and the adapters' tables come after these, and
+``prompts``, the rows of ids beyond the vocabulary, where there are such ids (prompt tuning). What
 its graph says of attention, of positions and of the rows whose logits are wanted holds for each token; so a step may as
 well take whatever tokens there are: pieces of prompts and single generated tokens of many sequences, packed without
 padding. Their keys and values lie in pages of one pool (:mod:`pages`).
@@ -94,6 +95,7 @@ class Decoder:
         vocabulary: How many logits a token has.
         window: How many tokens one sees at most, itself included; None where it sees all.
         slots: How many adapters there is room for; 0 where the model has none.
+        prompt_rows: How many ids there are beyond the vocabulary, whose embeddings :meth:`set_prompts` gives.
     """
 
     def __init__(self, step: _Step, roles: _Roles, page_tokens: int, pages: int | None) -> None:
@@ -110,7 +112,10 @@ class Decoder:
         tables = [value.type for value in roles.tables]
         self._adapters = [np.zeros(_sizes(each), DTYPES[each.dtype]) for each in tables]
         self.slots = len(self._adapters[0]) - 1 if tables else 0
-        self._bytes = [raw(each) for each in self._adapters]
+        prompts = [] if roles.prompts is None else [roles.prompts.type]
+        self._prompts = [np.zeros(_sizes(each), DTYPES[each.dtype]) for each in prompts]
+        self.prompt_rows = len(self._prompts[0]) if prompts else 0
+        self._bytes = [raw(each) for each in (*self._prompts, *self._adapters)]
         self._empty = np.ones(self.slots + 1, np.uint8)
         # Memory of pages that nobody has used is not there yet: the system gives it when it is written.
         self._memory = raw(np.zeros((count, layers, two, heads, page_tokens, size), DTYPES[type.dtype]))
@@ -148,6 +153,21 @@ class Decoder:
         """Makes the keys and values in page ``target`` those of ``source``, for a sequence that goes on from another's
         last tokens."""
         self._memory[target] = self._memory[source]
+
+    def set_prompts(self, rows: np.ndarray) -> None:
+        """Gives the embeddings of the ids from ``vocabulary`` on, for the steps that come.
+
+        Args:
+            rows: (at most ``prompt_rows``, width); those of the other ids are zeros.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        table = self._prompts[0] if self._prompts else np.zeros((0, 0), np.float32)
+        if rows.ndim != 2 or rows.shape[1] != table.shape[1] or len(rows) > len(table):
+            raise ValueError(f"expected at most {table.shape} rows of prompts but got {rows.shape}")
+        table[:] = 0
+        table[: len(rows)] = rows
 
     def set_adapter(self, slot: int, matrices: Sequence[np.ndarray | None] | None) -> None:
         """Puts an adapter into a slot, for the steps that come.
@@ -323,6 +343,7 @@ class _Roles:
     last: Value
     slot: Value | None
     tables: list[Value]
+    prompts: Value | None
     vocabulary: int
     window: int | None
 
@@ -345,10 +366,12 @@ class _Roles:
         slots = {each.operands[1] for each in products}
         adapters = {value for each in products for value in each.operands[2:]}
         tables = [entry.value for entry in graph.inputs if entry.value in adapters]
+        prompts = {each.operands[6] for each in operations["embedding"]} - {None}
         if len(tables) != len(adapters) or len({value.type.shape[0] for value in tables}) > 1 or len(slots) > 1:
             return None
         if (
-            len(inputs) != 4 + len(tables) + len(slots)
+            len(inputs) != 4 + len(tables) + len(slots) + len(prompts)
+            or len(prompts) > 1
             or len(caches) != 1
             or len(arrays) != 1
             or len(graph.outputs) != 2
@@ -362,12 +385,14 @@ class _Roles:
         if len(idx) != 1 or len(position) != 1 or len(last) != 1 or not isinstance(vocabulary, int):
             return None
         found = (*idx, *position, caches[0], *last)
-        if {each for each in (*found, *slots, *tables) if each is not None} != inputs or not caches[0].type.is_static:
+        given = {each for each in (*found, *slots, *tables, *prompts) if each is not None}
+        if given != inputs or not all(value.type.is_static for value in (caches[0], *tables, *prompts) if value):
             return None
         first, second, third, fourth = (each for each in found if each is not None)
         windows = [each.attributes["window"] for each in operations["attention"]]
         window = None if None in windows else max(windows)
-        return _Roles(first, second, third, fourth, next(iter(slots), None), tables, vocabulary, window)
+        chosen, beyond = (next(iter(each), None) for each in (slots, prompts))
+        return _Roles(first, second, third, fourth, chosen, tables, beyond, vocabulary, window)
 
 
 def _sizes(type: TensorType) -> tuple[int, ...]:
@@ -422,14 +447,14 @@ class _Interpreted:
             undo.pop_all()
 
     def _chosen(self, slot: int, adapters: list[np.ndarray]) -> dict[Value, np.ndarray]:
-        if self._roles.slot is None:
-            return {}
-        types = [value.type for value in self._roles.tables]
-        tables = [
-            each.view(DTYPES[type.dtype]).reshape(_sizes(type)) for each, type in zip(adapters, types, strict=True)
-        ]
-        slots = np.full(_sizes(self._roles.slot.type), slot, np.int32)
-        return {self._roles.slot: slots, **dict(zip(self._roles.tables, tables, strict=True))}
+        values = [value for value in (self._roles.prompts, *self._roles.tables) if value is not None]
+        given = {
+            value: each.view(DTYPES[value.type.dtype]).reshape(_sizes(value.type))
+            for value, each in zip(values, adapters, strict=True)
+        }
+        if self._roles.slot is not None:
+            given[self._roles.slot] = np.full(_sizes(self._roles.slot.type), slot, np.int32)
+        return given
 
     def _run(
         self,

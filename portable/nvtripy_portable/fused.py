@@ -151,6 +151,7 @@ def embedding(
     table_scale: Array | None,
     position_table: Array | None,
     position_scale: Array | None,
+    prompts: Array | None = None,
     *,
     weight_dtype: str,
     position_dtype: str | None,
@@ -163,6 +164,7 @@ def embedding(
         position: Of each sequence's first token, (B,); None for 0.
         table: Rows (V, ...) in ``weight_dtype``, as a linear operation's weight, with ``table_scale``.
         position_table: Rows (C, ...) in ``position_dtype``, likewise, with ``position_scale``; None: nothing is added.
+        prompts: Rows (P, width) of ids V to V + P - 1.
     """
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
     positions = steps if position is None else position.astype(np.int64)[:, None] + steps
@@ -171,10 +173,32 @@ def embedding(
         wide = np.dtype(np.float32)
         return reference.quantized_rows(table, scale, indices, weight_dtype=weight_dtype, width=width, dtype=wide)
 
-    tokens = rows(table, table_scale, idx, weight_dtype)
+    if prompts is None:
+        tokens = rows(table, table_scale, idx, weight_dtype)
+    else:
+        wide = np.dtype(np.float32)
+        tokens = token_rows(idx, prompts, table, table_scale, weight_dtype=weight_dtype, width=width, dtype=wide)
     if position_table is None or position_dtype is None:
         return reference.cast(tokens, dtype=dtype)
     return reference.cast(tokens + rows(position_table, position_scale, positions, position_dtype), dtype=dtype)
+
+
+def token_rows(
+    idx: Array,
+    prompts: Array,
+    table: Array,
+    table_scale: Array | None,
+    *,
+    weight_dtype: str,
+    width: int,
+    dtype: DTypeLike,
+) -> Array:
+    """Rows of a table by ids (B, T) → (B, T, width), and of a second one, ``prompts`` (P, width), by those that are
+    beyond the first."""
+    own = np.minimum(idx, len(table) - 1)
+    rows = reference.quantized_rows(table, table_scale, own, weight_dtype=weight_dtype, width=width, dtype=dtype)
+    beyond = reference.gather(prompts, np.maximum(idx - len(table), 0), axis=0)
+    return np.where((idx < len(table))[..., None], rows, reference.cast(beyond, dtype=dtype))
 
 
 def last_rows(x: Array, last: Array) -> Array:
@@ -287,6 +311,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "low_rank": low_rank,
     "embedding": embedding,
+    "token_rows": token_rows,
     "last_rows": last_rows,
     "rotary": rotary,
     "attention": attention,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,18 @@ from serving.adapters import Adapter
 
 @dataclass(frozen=True)
 class Named:
-    """An adapter under a name, since ``created``, in seconds since 1970."""
+    """An adapter or a task's prompt under a name.
 
-    adapter: Adapter
+    Attributes:
+        adapter: None of a prompt.
+        created: Since when it is there, in seconds since 1970.
+        virtual: Ids of the prompt's virtual tokens.
+    """
+
+    name: str
+    adapter: Adapter | None
     created: int
+    virtual: Sequence[int] = ()
 
 
 class AdapterNames:
@@ -29,11 +38,21 @@ class AdapterNames:
         ranks: The largest that the engine has room for, for each linear layer of a block.
         most: How many are kept in memory. One more drops the one that no request has named for the longest time.
         folder: Clients may have those loaded that lie in it; None: none.
+        prompts: Virtual tokens of tasks, by the tasks' names, which stay.
     """
 
-    def __init__(self, base: Base, ranks: tuple[int, ...], most: int, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        ranks: tuple[int, ...],
+        most: int,
+        folder: Path | None = None,
+        prompts: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self._base, self._ranks, self._most, self._folder = base, ranks, most, folder
         self._named: dict[str, Named] = {}  # who was named last comes last
+        now = int(time.time())
+        self._prompts = {name: Named(name, None, now, ids) for name, ids in (prompts or {}).items()}
         self._lock = threading.Lock()
 
     def read(self, name: str, path: Path) -> Named:
@@ -50,6 +69,8 @@ class AdapterNames:
         Raises:
             AdapterError: the engine has no room for its rank.
         """
+        if name in self._prompts:
+            raise AdapterError(f"expected a name that is no prompt's but got {name!r}")
         for rank, room in zip(lora.ranks, self._ranks, strict=True):
             if rank > room:
                 raise AdapterError(
@@ -57,7 +78,7 @@ class AdapterNames:
                 )
         adapter = Adapter(name, lora.tables(self._ranks))
         _ = adapter.key  # which takes some milliseconds: here, and not where the engine waits for it
-        named = Named(adapter, int(time.time()))
+        named = Named(name, adapter, int(time.time()))
         with self._lock:
             self._named.pop(name, None)
             while len(self._named) >= self._most:
@@ -87,7 +108,9 @@ class AdapterNames:
             return self._named.pop(name, None) is not None
 
     def find(self, name: str) -> Named | None:
-        """The adapter of a name, which counts as used."""
+        """The adapter of a name, which counts as used, or the prompt."""
+        if name in self._prompts:
+            return self._prompts[name]
         with self._lock:
             named = self._named.pop(name, None)
             if named is not None:
@@ -97,4 +120,5 @@ class AdapterNames:
     def all(self) -> list[Named]:
         """Every one, by name."""
         with self._lock:
-            return [self._named[name] for name in sorted(self._named)]
+            found = self._named | self._prompts
+        return [found[name] for name in sorted(found)]

@@ -10,8 +10,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from serving.adapters import Adapter
 from serving.engine import QueueFull
+from serving.http.adapters import Named
 from serving.http.errors import ApiError, as_api_error, error_body
 from serving.http.schemas import PromptTokensDetails, Usage
 from serving.http.service import Service
@@ -30,7 +30,7 @@ class Plan:
     choices: int
     priority: int
     salt: bytes
-    adapter: Adapter | None = None
+    named: Named | None = None
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _event(content: object) -> bytes:
 
 async def _updates(service: Service, plan: Plan) -> _Updates:
     async for some in service.bridge.updates(
-        service.engine, plan.prompts, plan.settings, plan.choices, plan.priority, plan.salt, plan.adapter
+        service.engine, plan.prompts, plan.settings, plan.choices, plan.priority, plan.salt, plan.named
     ):
         yield some
 

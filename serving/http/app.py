@@ -122,7 +122,7 @@ def _card(service: Service, named: Named | None = None) -> ModelCard:
         meta=ModelMeta(decoder.vocabulary, decoder.context),
     )
     if named is not None:
-        card.id, card.created, card.parent = named.adapter.name, named.created, service.name
+        card.id, card.created, card.parent = named.name, named.created, service.name
     return card
 
 
@@ -153,7 +153,8 @@ async def _unload_adapter(service: Service, request: Request) -> Response:
     named = service.adapter_of(asked.lora_name)
     if named is None or service.adapters is None:
         raise ApiError(400, f"expected the name of an adapter but {asked.lora_name!r} is the model", "lora_name")
-    service.adapters.drop(asked.lora_name)
+    if not service.adapters.drop(asked.lora_name):
+        raise ApiError(400, f"expected the name of an adapter but {asked.lora_name!r} is a task's prompt", "lora_name")
     return _json(_card(service, named))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from serving.adapters import Adapter
 from serving.engine import ServingEngine, Ticket
+from serving.http.adapters import Named
 from serving.sequence import Update
 from serving.settings import SamplingSettings
 
@@ -66,7 +66,7 @@ class Bridge:
         choices: int,
         priority: int,
         salt: bytes,
-        adapter: Adapter | None,
+        named: Named | None,
     ) -> AsyncIterator[list[tuple[int, Update]]]:
         """Hands requests in, and yields what has come of them, as (number of the answer, update), until all have ended.
         Whoever leaves earlier has cancelled them.
@@ -78,7 +78,15 @@ class Bridge:
         answers = Answers()
         try:
             for number, prompt in enumerate(prompts):
-                ticket = engine.submit(prompt, settings, choices, priority, salt, adapter=adapter)
+                ticket = engine.submit(
+                    prompt,
+                    settings,
+                    choices,
+                    priority,
+                    salt,
+                    adapter=None if named is None else named.adapter,
+                    virtual=() if named is None else named.virtual,
+                )
                 tickets.append(ticket)
                 self._answers[ticket] = answers, number * choices
             left = len(prompts) * choices

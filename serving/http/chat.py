@@ -93,7 +93,6 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     """
     asked = decoded(await request.body(), ChatRequest)
     named = service.adapter_of(asked.model)
-    adapter = None if named is None else named.adapter
     template = service.chat_template
     if not isinstance(template, ChatTemplate):
         raise ApiError(
@@ -119,7 +118,8 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         ids = ids[-asked.truncate_prompt_tokens :]
     most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
     if most is None:
-        most = max(service.engine.decoder.context + 1 - len(ids), 1)
+        virtual = 0 if named is None else len(named.virtual)
+        most = max(service.engine.decoder.context + 1 - virtual - len(ids), 1)
     choices = asked.n or 1
     settings = service.settings(
         asked, most, (asked.top_logprobs or 0) if asked.logprobs else None, asked.prompt_logprobs, choices
@@ -130,7 +130,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         choices,
         asked.priority,
         (asked.cache_salt or "").encode(),
-        adapter,
+        named,
     )
     shape = _Shape(service, asked, plan.prompts)
     if asked.stream:

@@ -28,7 +28,6 @@ async def create_completion(service: Service, request: Request) -> Response:
     """
     asked = decoded(await request.body(), CompletionRequest)
     named = service.adapter_of(asked.model)
-    adapter = None if named is None else named.adapter
     if asked.suffix:
         raise ApiError(400, "suffix is not supported: the model continues a text, it fills no gaps", "suffix")
     choices = asked.n or 1
@@ -42,7 +41,8 @@ async def create_completion(service: Service, request: Request) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options is allowed in streams only", "stream_options")
     prompts = await _prompts(service, asked)
-    room = min(service.engine.decoder.context + 1 - len(prompt) for prompt in prompts)
+    virtual = 0 if named is None else len(named.virtual)
+    room = min(service.engine.decoder.context + 1 - virtual - len(prompt) for prompt in prompts)
     most = max(min(DEFAULT_TOKENS, room), 1) if asked.max_tokens is None else asked.max_tokens
     prompt_scores = asked.prompt_logprobs
     if asked.echo and asked.logprobs is not None:
@@ -59,7 +59,7 @@ async def create_completion(service: Service, request: Request) -> Response:
         best_of,
         asked.priority,
         (asked.cache_salt or "").encode(),
-        adapter,
+        named,
     )
     shape = _Shape(service, asked, prompts, best_of)
     if asked.stream:

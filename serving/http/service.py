@@ -50,7 +50,7 @@ class Service:
             return None
         named = None if self.adapters is None else self.adapters.find(name)
         if named is None:
-            others = [] if self.adapters is None else [each.adapter.name for each in self.adapters.all()]
+            others = [] if self.adapters is None else [each.name for each in self.adapters.all()]
             known = ", ".join(map(repr, [self.name, *others][:8]))
             raise ApiError(404, f"the model {name!r} is not served here: expected {known}", "model")
         return named

@@ -26,6 +26,9 @@ from test_model import relative_error  # noqa: E402
 from tiny_checkpoints import random_checkpoint  # noqa: E402
 
 import lora  # noqa: E402
+from adapters.lora import read_lora  # noqa: E402
+from adapters.places import LINEARS  # noqa: E402
+from weight_loader import open_checkpoint  # noqa: E402
 
 IDX = np.random.default_rng(0).integers(0, 65, (1, 20)).astype(np.int32)
 IDS: list[int] = IDX[0].tolist()
@@ -280,3 +283,20 @@ def test_without_the_packages(
     edit(folder, bias="none")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "needs the packages of requirements/train.txt" in fails(capsys, *arguments(folder))
+
+
+def test_what_an_adapter_changes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks of layers that are stored in parts add up; the norm is that of what is added."""
+    base, adapter = folder / "base", folder / "adapter"
+    assert lora.main(["show", f"--model-type={base}", f"--lora={adapter}"]) == 0
+    out, err = capsys.readouterr()
+    found = read_lora(adapter, open_checkpoint(base))
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    assert err == "" and rows
+    for name, pair in zip(LINEARS, found.matrices, strict=True):
+        assert (pair is None) == (name not in rows)
+        if pair is not None:
+            norm = np.linalg.norm(np.einsum("lri,lro->lio", *pair))
+            assert [int(rows[name][0]), float(rows[name][2])] == [pair[0].shape[1], pytest.approx(norm, rel=1e-3)]
+    assert lora.main(["show", f"--model-type={base}", f"--lora={adapter}", "--output=x"]) == 2
+    assert "expected --output with merge, and not with show" in capsys.readouterr().err

@@ -39,7 +39,7 @@ class Lowered:
     integers: list[int]
     floats: list[int]
     caches: list[int]
-    tables: list[int]  # of adapters
+    tables: list[int]  # of adapters and of prompts' rows
     positions: list[int]  # for each cache, which input says where it is written
     lengths: list[tuple[int, int]]  # and which dimension of which input says how many rows
     outputs: list[Output]
@@ -128,10 +128,7 @@ class _Lowering:
                 (self.graph.inputs[each].value.type.dtype, self.graph.inputs[each].value.type.shape)
                 for each in self.caches
             ],
-            [
-                (self.graph.inputs[each].value.type.dtype, self.graph.inputs[each].value.type.shape)
-                for each in self.tables
-            ],
+            [self._described(self.graph.inputs[each].value) for each in self.tables],
             self._buffers(arrays),
             self.widths,
             [self.values[self.graph.inputs[each].value] for each in self.floats],
@@ -324,14 +321,20 @@ class _Lowering:
         self.forms.append(form | {"outputs": outputs, "y": self._result(operation, x, outputs)})
 
     def _table(self, value: Value) -> int:
-        """The number of an adapters' table, which is an input."""
+        """The number of a table of adapters or of prompts' rows, which is an input."""
         _require(value in self.inputs and value.type.is_static and value.type.dtype in _FLOATS)
         if self.inputs[value] not in self.tables:
             self.tables.append(self.inputs[value])
         return self.tables.index(self.inputs[value])
 
+    @staticmethod
+    def _described(table: Value) -> tuple[str, tuple[int, ...]]:
+        """Its type and shape (slots, layers, rank, width), of rows (1, 1, rows, width)."""
+        shape = tuple(int(each) for each in table.type.shape)  # type: ignore[arg-type]
+        return table.type.dtype, (1,) * (4 - len(shape)) + shape
+
     def _embedding(self, operation: Operation) -> None:
-        idx, position, table, table_scale, position_table, position_scale = operation.operands
+        idx, position, table, table_scale, position_table, position_scale, prompts = operation.operands
         attributes = operation.attributes
         form: dict[str, Any] = {"kind": "embedding", "tokens": self._integer(idx, 2)}
         assert idx is not None
@@ -341,6 +344,8 @@ class _Lowering:
         form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], width)
         if position_table is not None:
             form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
+        if prompts is not None:
+            form["prompts"] = self._table(prompts)
         self.leading[operation.results[0]] = (self.inputs[idx], 2)
         form["y"] = self._add(operation.results[0], attributes["width"])
         self.location = operation.location
@@ -348,6 +353,9 @@ class _Lowering:
 
     def _rotary(self, operation: Operation) -> None:
         raise _CannotRun  # but in an attention
+
+    def _token_rows(self, operation: Operation) -> None:
+        raise _CannotRun  # but in an embedding
 
     def _last_rows(self, operation: Operation) -> None:
         x, last = operation.operands

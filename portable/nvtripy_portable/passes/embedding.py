@@ -30,12 +30,15 @@ def run(graph: Graph) -> None:
 
 
 def _look_ups(what: str) -> dict[str, Op]:
-    """A look-up in a table, in its two forms."""
+    """A look-up in a table, in its two forms, and of tokens in two tables."""
     table, scale, indices = Constant(f"{what}_table"), Constant(f"{what}_scale"), Any(f"{what}_indices")
-    return {
+    found = {
         "float": Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows"),
         "quantized": Op("quantized_rows", table, scale, indices, name=f"{what}_rows"),
     }
+    if what == "token":
+        found["prompted"] = Op("token_rows", indices, Any("prompts"), table, name=f"{what}_rows")
+    return found
 
 
 def _rows(what: str) -> dict[str, Cast]:
@@ -48,7 +51,7 @@ _ROWS = _look_ups("token")
 def _alone(bound: Bound, inputs: set[Value]) -> list[Operation] | None:
     """Where nothing is added: positions are said otherwise."""
     rows = bound.operations["token_rows"]
-    idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
+    idx, table, scale = _of_tokens(bound)
     if idx not in inputs or idx is None or idx.type.rank != 2 or table is None:
         return None
     result = rows.results[0]
@@ -60,7 +63,14 @@ def _alone(bound: Bound, inputs: set[Value]) -> list[Operation] | None:
         "width": result.type.shape[-1],
         "dtype": result.type.dtype,
     }
-    return [Operation("embedding", [idx, None, table, scale, None, None], attributes, [])]
+    return [Operation("embedding", [idx, None, table, scale, None, None, bound.values.get("prompts")], attributes, [])]
+
+
+def _of_tokens(bound: Bound) -> list[Value | None]:
+    """Indices, table and scale of the look-up by token."""
+    idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
+    rows = bound.operations["token_rows"]
+    return [idx, table, rows.operands[3] if rows.kind == "token_rows" else scale]
 
 
 def _looked_up(bound: Bound, elements: Elements) -> list[Operation] | None:
@@ -81,7 +91,7 @@ def _embedding(
     bound: Bound, position: Value | None, position_table: np.ndarray, position_scale: np.ndarray | None
 ) -> list[Operation] | None:
     rows, result = bound.operations["token_rows"], bound.operations["element_wise"].results[0]
-    idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
+    idx, table, scale = _of_tokens(bound)
     assert idx is not None and table is not None
     if idx.type.rank != 2 or rows.results[0].type.shape != result.type.shape or result.type.dtype not in FLOATS:
         return None
@@ -103,7 +113,7 @@ def _embedding(
         "dtype": result.type.dtype,
     }
     operands = [idx, position, table, scale, *(each.results[0] for each in positions)]
-    operands += [None] * (6 - len(operands))
+    operands += [None] * (6 - len(operands)) + [bound.values.get("prompts")]
     return [*positions, Operation("embedding", operands, attributes, [])]
 
 
