@@ -186,8 +186,7 @@ def test_quantized_tables_beside_float_rows(mode: str, tmp_path: Path) -> None:
     """The base's own embedding stays quantized; the prompt's rows are floats, as in the base without quantization."""
     from quantized_folders import quantized_folder
 
-    random_checkpoint(tmp_path / "base")
-    folder = quantized_folder(tmp_path / "base" / "quantized", mode)
+    folder = quantized_folder(tmp_path / "quantized", mode)
     checkpoint = open_checkpoint(folder)
     vocabulary = checkpoint.config.vocab_size
     rows = np.random.default_rng(4).normal(size=(3, checkpoint.config.n_embd)).astype(np.float32)
