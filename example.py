@@ -150,6 +150,11 @@ def find_model(options: argparse.Namespace, jobs: Prompts | JobFile, timing: Tim
         jobs.check(tokenizer, context, vocabulary)
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
+    if loras:
+        from adapters.folding import folded_scales
+
+        folded = folded_scales(checkpoint)
+        loras = [each.unfolded(folded) for each in loras]
     timing.loaded = time.perf_counter()
     if options.threads is not None:
         os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used

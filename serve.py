@@ -31,6 +31,7 @@ from quantization import QuantizationError
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
+    from adapters.lora import Lora
     from adapters.prompts import PromptTable
     from engine import AdapterRoom
     from serving.http.adapters import AdapterNames
@@ -229,9 +230,10 @@ def build_service(options: argparse.Namespace) -> Service:
     template = _template(options, checkpoint)
     draft = open_draft(options.speculate, checkpoint, tokenizer)
     prompts = _prompts(options, checkpoint)
-    adapters, room = _adapters(options, checkpoint, prompts)
+    loras = _loras(options, checkpoint)
     if options.quantization is not None:
         checkpoint = quantized(checkpoint, options.quantization)
+    adapters, room = _adapters(options, checkpoint, loras, prompts)
     if options.threads is not None:
         os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)  # which the runtime reads when it is first used
     engines = engine_cache.chosen(options, lambda message: command_line.report(f"serve.py: {message}"))
@@ -283,15 +285,26 @@ def _prompts(options: argparse.Namespace, checkpoint: Checkpoint) -> PromptTable
     return PromptTable(found, checkpoint.config.vocab_size)
 
 
-def _adapters(
-    options: argparse.Namespace, checkpoint: Checkpoint, prompts: PromptTable
-) -> tuple[AdapterNames | None, AdapterRoom | None]:
-    """The adapters that there are from the start, and the room for them and for those that may come.
+def _loras(options: argparse.Namespace, checkpoint: Checkpoint) -> list[tuple[str, Lora]]:
+    """The adapters that there are from the start, by name.
 
     Raises:
         AdapterError: one cannot be used.
     """
     from adapters.lora import find_lora
+
+    return [(name, find_lora(folder, checkpoint)) for name, folder in options.lora_modules]
+
+
+def _adapters(
+    options: argparse.Namespace, checkpoint: Checkpoint, loras: list[tuple[str, Lora]], prompts: PromptTable
+) -> tuple[AdapterNames | None, AdapterRoom | None]:
+    """What requests may have beside the model, and the room for it and for adapters that may come.
+
+    Raises:
+        AdapterError: an adapter has no room, or cannot be used on this checkpoint.
+    """
+    from adapters.folding import folded_scales
     from adapters.places import Described, ranks_for
     from engine import AdapterRoom, room_of
     from serving.http.adapters import AdapterNames
@@ -299,7 +312,6 @@ def _adapters(
     if not options.lora_modules and options.lora_dir is None and not prompts.prompts:
         return None, None
     base = Described(checkpoint.path, checkpoint.config, checkpoint.layout)
-    loras = [(name, find_lora(folder, base)) for name, folder in options.lora_modules]
     room = room_of([lora for _, lora in loras]) or AdapterRoom()
     count, ranks = min(len(loras), options.max_loras), room.ranks
     if options.lora_dir is None and not loras:
@@ -309,8 +321,9 @@ def _adapters(
     elif options.lora_dir is not None:
         usual = ranks_for(base, USUAL_RANK)
         count, ranks = options.max_loras, tuple(map(max, usual, ranks))
+    folded = folded_scales(checkpoint) if count else {}
     ids = {each.name or "": prompts.ids(number) for number, each in enumerate(prompts.prompts)}
-    names = AdapterNames(base, ranks, options.max_cpu_loras, options.lora_dir, ids)
+    names = AdapterNames(base, ranks, options.max_cpu_loras, options.lora_dir, ids, folded)
     for name, lora in loras:
         names.add(name, lora)
     return names, AdapterRoom(count, ranks, len(prompts.rows))

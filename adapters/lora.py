@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,16 @@ class Lora:
     def digest(self) -> str:
         """A hexadecimal hash of its numbers."""
         return digest_of(self.tables((1,) * len(LINEARS))).hex()
+
+    def unfolded(self, folded: Mapping[str, np.ndarray]) -> Lora:
+        """For a base that has scales of inputs in its norms (folding.py)."""
+        if not folded:
+            return self
+        changed = []
+        for name, pair in zip(LINEARS, self.matrices, strict=True):
+            scales = folded.get(name)
+            changed.append(pair if pair is None or scales is None else (pair[0] / scales[:, None], pair[1]))
+        return replace(self, matrices=tuple(changed))
 
     def tables(self, ranks: Sequence[int]) -> list[np.ndarray | None]:
         """What an engine with room for these ranks takes: of each of ``LINEARS`` that has one, the ways down and up."""

@@ -167,6 +167,19 @@ class Checkpoint:
         """
         return dtype != "float32" and numbers.has_small_scales(self._stored_names, self._read, numpy_dtype(dtype))
 
+    def folded_layers(self) -> set[str]:
+        """The layers ("h.0.attn.c_attn") whose pre_quant_scale was multiplied into the norm before them."""
+        config = self.config
+        if config.quant_mode != "int4-weight-only" or not config.has_pre_quant_scale:
+            return set()
+        return {
+            parameter.name.removesuffix(".weight")
+            for parameter in self._parameters
+            if modelopt_layout.is_quantized(config, parameter.name)
+            and len(parameter.pieces) > 1
+            and f"{parameter.pieces[0].module}.pre_quant_scale" not in self._stored_names
+        }
+
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of what is stored of every parameter, and of the scales beside it, by the model's names."""
         sizes: dict[str, int] = {}

@@ -49,6 +49,9 @@ _MODES = {
 }
 _CACHE_DTYPES = {"INT8": "int8", "FP8": "fp8"}
 #: The last parts of the names of all scales.
+#: Ours: of norms that pre_quant_scale was multiplied into, by the names of their weights, what it was.
+FOLDED_FILE = "folded_scales.safetensors"
+
 SCALES = (".weight_scale", ".input_scale", ".pre_quant_scale", ".k_scale", ".v_scale")
 _WEIGHT_DTYPES = {"int8-weight-only": "I8", "int4-weight-only": "U8", "fp8": "F8_E4M3", "int8-smoothquant": "I8"}
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loading.modelopt_layout import FOLDED_FILE
 from quantizing.calibration import block_of
 from quantizing.quiet import no_progress_bars, quiet
 from quantizing.settings import QuantizationConfig
@@ -16,7 +17,8 @@ def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
 
     ModelOpt's exporter does it, with two additions for what it refuses: a weight of an odd number of rows in int4 gets
     one more row, of zeros, since the exporter packs rows in pairs; and the scales of an int8 KV cache, which it knows
-    but does not write, are written as those of an fp8 cache are, with 127 for 448.
+    but does not write, are written as those of an fp8 cache are, with 127 for 448. What it multiplies into norms stands
+    in a file beside the weights, for adapters (adapters/folding.py).
     """
     import torch
     from modelopt.torch.export import export_hf_checkpoint
@@ -28,12 +30,38 @@ def export(model: Any, folder: Path, config: QuantizationConfig) -> None:
         _give_zeros_a_scale(model)
         if config.kv_cache_dtype == "int8":
             extra = _take_cache_scales(model)
+        norms = {name: norm.detach().clone() for name, norm in _norms(model).items()}
         # float32, so that the stored integers are those that the calibrated model computes with.
         export_hf_checkpoint(model, dtype=torch.float32, export_dir=folder, extra_state_dict=extra)
+        _keep_folded(norms, _norms(model), folder)
         if extra:
             _declare_int8_cache(model, folder)
         if config.method != "modelopt":
             _declare_method(folder, config)
+
+
+def _norms(model: Any) -> dict[str, Any]:
+    """What norms multiply by, by the names of their weights: LayerNorm1P's weights are stored without the 1."""
+    found = {}
+    for name, module in model.named_modules():
+        kind, weight = type(module).__name__, getattr(module, "weight", None)
+        if "Norm" in kind and weight is not None:
+            found[f"{name}.weight"] = weight.float() + (1.0 if "1P" in kind else 0.0)
+    return found
+
+
+def _keep_folded(before: dict[str, Any], after: dict[str, Any], folder: Path) -> None:
+    """Writes what the exporter has multiplied norms by, where it has. What a norm makes zero may have any scale."""
+    import torch
+    from safetensors.torch import save_file
+
+    scales = {}
+    for name, old in before.items():
+        if not torch.equal(old, after[name]):
+            ratio = after[name] / old
+            scales[name] = torch.where(torch.isfinite(ratio) & (ratio != 0), ratio, 1.0).contiguous()
+    if scales:
+        save_file(scales, folder / FOLDED_FILE)
 
 
 def _declare_method(folder: Path, config: QuantizationConfig) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import AdapterError
+from adapters.folding import Folded
 from adapters.lora import Base, Lora, read_lora
 from adapters.nemo_lora import SUFFIX as NEMO_SUFFIX
 from serving.adapters import Adapter
@@ -39,6 +40,7 @@ class AdapterNames:
         most: How many are kept in memory. One more drops the one that no request has named for the longest time.
         folder: Clients may have those loaded that lie in it; None: none.
         prompts: Virtual tokens of tasks, by the tasks' names, which stay.
+        folded: Scales that the base has in its norms.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class AdapterNames:
         most: int,
         folder: Path | None = None,
         prompts: Mapping[str, Sequence[int]] | None = None,
+        folded: Folded | None = None,
     ) -> None:
         self._base, self._ranks, self._most, self._folder = base, ranks, most, folder
         self._named: dict[str, Named] = {}  # who was named last comes last
+        self._folded = folded or {}
         now = int(time.time())
         self._prompts = {name: Named(name, None, now, ids) for name, ids in (prompts or {}).items()}
         self._lock = threading.Lock()
@@ -76,7 +80,7 @@ class AdapterNames:
                 raise AdapterError(
                     f"{lora.name}: expected a rank of at most that of --max-lora-rank but got {rank}, of {room}"
                 )
-        adapter = Adapter(name, lora.tables(self._ranks))
+        adapter = Adapter(name, lora.unfolded(self._folded).tables(self._ranks))
         _ = adapter.key  # which takes some milliseconds: here, and not where the engine waits for it
         named = Named(name, adapter, int(time.time()))
         with self._lock:
