@@ -366,7 +366,7 @@ class _Roles:
         slots = {each.operands[1] for each in products}
         adapters = {value for each in products for value in each.operands[2:]}
         tables = [entry.value for entry in graph.inputs if entry.value in adapters]
-        prompts = {each.operands[6] for each in operations["embedding"]} - {None}
+        prompts = {value for each in operations["embedding"] for value in each.operands[6:]}
         if len(tables) != len(adapters) or len({value.type.shape[0] for value in tables}) > 1 or len(slots) > 1:
             return None
         if (

@@ -334,7 +334,7 @@ class _Lowering:
         return table.type.dtype, (1,) * (4 - len(shape)) + shape
 
     def _embedding(self, operation: Operation) -> None:
-        idx, position, table, table_scale, position_table, position_scale, prompts = operation.operands
+        idx, position, table, table_scale, position_table, position_scale, *prompts = operation.operands
         attributes = operation.attributes
         form: dict[str, Any] = {"kind": "embedding", "tokens": self._integer(idx, 2)}
         assert idx is not None
@@ -344,8 +344,9 @@ class _Lowering:
         form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], width)
         if position_table is not None:
             form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
-        if prompts is not None:
-            form["prompts"] = self._table(prompts)
+        for each in prompts:
+            assert each is not None
+            form["prompts"] = self._table(each)
         self.leading[operation.results[0]] = (self.inputs[idx], 2)
         form["y"] = self._add(operation.results[0], attributes["width"])
         self.location = operation.location

@@ -63,7 +63,12 @@ def _alone(bound: Bound, inputs: set[Value]) -> list[Operation] | None:
         "width": result.type.shape[-1],
         "dtype": result.type.dtype,
     }
-    return [Operation("embedding", [idx, None, table, scale, None, None, bound.values.get("prompts")], attributes, [])]
+    return [Operation("embedding", [idx, None, table, scale, None, None, *_prompts(bound)], attributes, [])]
+
+
+def _prompts(bound: Bound) -> list[Value | None]:
+    """The second table of a look-up by token, if it has one."""
+    return [bound.values["prompts"]] if "prompts" in bound.values else []
 
 
 def _of_tokens(bound: Bound) -> list[Value | None]:
@@ -113,7 +118,7 @@ def _embedding(
         "dtype": result.type.dtype,
     }
     operands = [idx, position, table, scale, *(each.results[0] for each in positions)]
-    operands += [None] * (6 - len(operands)) + [bound.values.get("prompts")]
+    operands += [None] * (6 - len(operands)) + _prompts(bound)
     return [*positions, Operation("embedding", operands, attributes, [])]
 
 
