@@ -130,7 +130,7 @@ def test_names_that_are_taken(server: Server) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lora-modules", "a"], "to be NAME=DIR but got 'a'"),
+        (["--lora-modules", "a"], "to be NAME=PATH but got 'a'"),
         (["--lora-modules", "a=x", "a=y"], "'a' is there twice"),
         (["--lora-modules", "a=x", "b=y", "--max-cpu-loras=1"], "expected at most 1 --lora-modules"),
         (["--lora-dir", "/nowhere"], "expected --lora-dir to be a folder"),
