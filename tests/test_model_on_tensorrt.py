@@ -13,7 +13,7 @@ import nvtripy as tp
 import pytest
 import torch
 
-from engine import _inputs, even_columns, linear_layers
+from engine import _inputs, _prompts, even_columns, linear_layers
 from model import GPT, GPTConfig
 from nvtripy_portable import compiler, verify
 
@@ -70,7 +70,7 @@ def assert_accepted(inputs: str = "cached", **options: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "PASSES", ())
         patch.setattr(verify, "run", lambda graph: (verified(graph), sizes.append(len(graph.operations))))
-        tp.compile(model_of_ones(config), args=infos[inputs])
+        tp.compile(model_of_ones(config), args=infos[inputs], kwargs=_prompts(config))
     assert max(sizes) > 150  # the model's, beside those of what nvtripy evaluates for it
 
 
@@ -78,7 +78,8 @@ def assert_accepted(inputs: str = "cached", **options: object) -> None:
 def test_modes_are_accepted(mode: str | None) -> None:
     """The fullest configuration of each mode, in half precision and with a cache; all of them are below."""
     *_, options = (each for each in variants() if each["quant_mode"] == mode)
-    assert_accepted(dtype="float16", kv_cache_dtype=None if mode else "int8", **options)
+    for rows in (0, 3):  # of prompts
+        assert_accepted(dtype="float16", kv_cache_dtype=None if mode else "int8", prompt_rows=rows, **options)
 
 
 @pytest.mark.parametrize("inputs", ["stateless", "without last", "cached"])

@@ -212,6 +212,7 @@ inline void add_panel(const Linear& linear, const TileWork& work, int64_t begin,
         else add_float_panel<2, 1>(work, row_tiles);
     } else {
         if (parts == 3) add_float_panel<1, 3>(work, row_tiles);
+        else if (parts == 2) add_float_panel<1, 2>(work, row_tiles);
         else add_float_panel<1, 1>(work, row_tiles);
     }
 }

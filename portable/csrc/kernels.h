@@ -62,6 +62,7 @@ struct Linear {
     InputStage stage;
     Matrix weight;
     bool integers = false;  // the weight is int8 or int4, and inputs are made 16-bit integers, block by block
+    bool short_inputs = false;  // 16 bits of an input are enough: it is declared to have no more
 };
 
 // One row of inputs as integers: numbers = values * scales[i / 128]. For int4 weights the values stand in the order and

@@ -64,7 +64,7 @@ struct Operation {
 
     Linear linear() const {
         const bool fits = weight.dtype == Dtype::i8 || weight.dtype == Dtype::i4;
-        return {stage, weight, takes_integers && fits && stage.rounding != Rounding::f8};
+        return {stage, weight, takes_integers && fits && stage.rounding != Rounding::f8, takes_integers};
     }
 };
 

@@ -15,8 +15,10 @@ import pytest
 from lora_models import adapted
 from random_models import logits_of, random_model
 from safetensors.numpy import load_file, save_file
+from selection import partly_slow
 from served import Server
 from test_model import relative_error
+from test_model_on_tensorrt import SIZES, model_of_ones, variants
 from tiny_checkpoints import random_checkpoint
 
 import example
@@ -28,6 +30,7 @@ from adapters.prompts import Prompt, PromptTable, find_prompts, read_prompts
 from command_line import UsageError
 from engine import AdapterRoom, Engine, compile_model, config_of, load_model, open_engine
 from loading.errors import CheckpointError
+from model import GPTConfig
 from nvtripy_portable.decoder import Decoder, Piece
 from serving.speculation import PromptLookup, Speculation
 from weight_loader import open_checkpoint
@@ -196,6 +199,29 @@ def test_quantized_tables_beside_float_rows(mode: str, tmp_path: Path) -> None:
     ids = [1, 2, 3, 4, 5]
     assert np.array_equal(logits_with(decoder, ids), logits_with(plain, ids))
     assert not np.array_equal(logits_with(decoder, [vocabulary, *ids])[1:], logits_with(plain, ids))
+
+
+@pytest.mark.parametrize(
+    "options",
+    partly_slow(list(variants()), [each for each in variants() if each.get("quant_embedding")][:4]),
+    ids=lambda each: "-".join(map(str, each.values())),
+)
+def test_every_variant_has_room_for_prompts(options: dict[str, Any]) -> None:
+    """Natively, and over pages: an odd vocabulary in int4 has a row too many, which is no prompt's."""
+    config = GPTConfig(**SIZES, **options, prompt_rows=3)  # type: ignore[arg-type]
+    executable = compile_model(model_of_ones(config), 1)
+    [embedding] = [each for each in executable._executable.portable.graph.operations if each.kind == "embedding"]
+    assert len(embedding.operands) == 7
+    decoder = Decoder.of(executable)
+    assert decoder is not None and decoder.prompt_rows == 3
+    rows = np.random.default_rng(5).normal(size=(3, config.n_embd)).astype(np.float32)
+    decoder.set_prompts(rows)
+    pages = decoder.pool.take(1)
+    one = decoder.step([Piece([config.vocab_size - 1, config.vocab_size], 0, pages)])
+    decoder.set_prompts(rows[1:])
+    assert np.isfinite(one).all()
+    with pytest.raises(ValueError, match="expects indices in"):
+        decoder.step([Piece([config.vocab_size + 3], 0, pages)])
 
 
 # ---- containers ------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nvtripy_portable.graph import Graph, Operation
-from nvtripy_portable.rewrite import FLOATS, Any, Bound, Cast, Constant, Op, Rule, apply
+from nvtripy_portable.graph import Graph, Operation, Value
+from nvtripy_portable.rewrite import FLOATS, Any, Bound, Cast, Constant, Op, Rule, apply, constant
 
 _OWN = Op("element_wise", Any("idx"), Constant("last"), operation="kMIN")
 _BEYOND = Op(
@@ -27,11 +27,11 @@ def run(graph: Graph) -> None:
 def _build(bound: Bound) -> list[Operation] | None:
     table, prompts, idx, rows = (bound.values[name] for name in ("table", "prompts", "idx", "rows"))
     result = bound.operations["select"].results[0]
-    count = table.type.shape[0]
-    limits = {"last": -1, "count": 0, "limit": 0}
-    if not isinstance(count, int) or bound.constant("zero").any() or bound.constant("zero").size != 1:
+    numbers = [bound.constant(name) for name in ("last", "count", "limit", "zero")]
+    if any(each.size != 1 for each in numbers):
         return None
-    if any(bound.constant(name).size != 1 or bound.constant(name) != count + limits[name] for name in limits):
+    last, count, limit, zero = (int(each.reshape(())) for each in numbers)
+    if not 0 < count == limit == last + 1 or zero != 0:
         return None
     if table.type.rank != 2 or prompts.type.rank != 2 or idx.type.rank != 2 or result.type.dtype not in FLOATS:
         return None
@@ -42,4 +42,17 @@ def _build(bound: Bound) -> list[Operation] | None:
         "width": rows.type.shape[-1],
         "dtype": result.type.dtype,
     }
-    return [Operation("token_rows", [idx, prompts, table, bound.values.get("scale")], attributes, [])]
+    made: list[Operation] = []
+    weight, scale = _first_rows(table, count, made), _first_rows(bound.values.get("scale"), count, made)
+    if weight is None or weight.type.shape[0] != count:
+        return None
+    return [*made, Operation("token_rows", [idx, prompts, weight, scale], attributes, [])]
+
+
+def _first_rows(value: Value | None, count: int, made: list[Operation]) -> Value | None:
+    """A constant's rows that have ids: an odd number of int4 rows has one more. One number stands for all rows."""
+    array = None if value is None else value.constant
+    if array is None or array.ndim == 0 or len(array) <= count:
+        return value
+    made.append(constant(array[:count]))
+    return made[-1].results[0]
