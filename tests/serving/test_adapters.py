@@ -1,4 +1,4 @@
-"""Requests with adapters and virtual tokens: each gets what it gets alone, whoever is beside it, and whichever slots there are."""
+"""Adapters, virtual tokens, searches: each gets what it gets alone, whoever is beside it, whichever slots there are."""
 
 from __future__ import annotations
 
