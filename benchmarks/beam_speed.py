@@ -26,6 +26,7 @@ import model_files
 import numpy as np
 from bench import set_threads
 from load import models
+from native_runtime import native_module
 from report import shown, table
 
 import command_line
@@ -79,6 +80,7 @@ def seconds(engine: ServingEngine, prompts: Sequence[list[int]], settings: Sampl
 def carry_out(options: argparse.Namespace) -> int:
     """Measures and prints."""
     set_threads(options.threads)
+    native_module()
     checkpoint = open_checkpoint(models.folder(options.shape, options.width, options.cache))
     vocabulary = checkpoint.config.vocab_size
     tokenizer = load_tokenizer(checkpoint.tokenizer_source, vocabulary)

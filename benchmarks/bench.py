@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import model_files
 import report
 from measuring import Bench
+from native_runtime import native_module
 from output import check_json
 from peers import OURS, PEERS
 from workers import WorkerError
@@ -159,6 +160,7 @@ def set_threads(threads: int) -> None:
 def carry_out(options: argparse.Namespace) -> int:
     """Measures, draws and prints; returns 1 if an engine had to be left out because it failed, else 0."""
     set_threads(options.threads)
+    native_module()
     with tempfile.TemporaryDirectory(prefix="bench-engines-") as engines:
         bench = Bench(options, Path(engines))
         run = bench.measure()

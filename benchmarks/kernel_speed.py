@@ -32,13 +32,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import policies  # noqa: E402
 from fused_graphs import Shape, empty_cache, model_graph  # noqa: E402
+from native_runtime import native_module  # noqa: E402
 
 import command_line  # noqa: E402
 import machine  # noqa: E402
 from command_line import UsageError  # noqa: E402
 from nvtripy_portable.cpu import tuning  # noqa: E402
 from nvtripy_portable.cpu.executor import Executor  # noqa: E402
-from nvtripy_portable.cpu.native import isa, load  # noqa: E402
+from nvtripy_portable.cpu.native import isa  # noqa: E402
 from nvtripy_portable.graph import Graph  # noqa: E402
 from nvtripy_portable.interpreter import ExecutionError  # noqa: E402
 
@@ -111,9 +112,7 @@ def run() -> int:
     variants = options.only.split(",")
     if not set(variants) <= VARIANTS.keys():
         raise UsageError(f"expected --only to be of {', '.join(VARIANTS)} but got {options.only!r}")
-    native = load()
-    if native is None:
-        raise UsageError("the native executor is not built")
+    native = native_module()
     if options.threads:
         native.set_threads(options.threads)
     threads = native.threads()

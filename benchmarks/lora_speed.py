@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import model_files
 import numpy as np
 from bench import set_threads
+from native_runtime import native_module
 from report import shown, table
 
 import command_line
@@ -100,6 +101,7 @@ class Batch:
 def carry_out(options: argparse.Namespace) -> int:
     """Measures and prints."""
     set_threads(options.threads)
+    native_module()
     checkpoint = open_checkpoint(model_files.checkpoint_folder(options.shape, options.width, options.cache))
     room = AdapterRoom(ADAPTERS, ranks_for(checkpoint, options.rank))
     most = max(options.sequences)

@@ -35,6 +35,7 @@ from load import report
 from load.requests import material_of
 from load.scenarios import SCENARIOS, Bench
 from load.servers import KINDS, OURS
+from native_runtime import native_module
 from output import check_json, say, write
 from workers import WorkerError
 
@@ -98,6 +99,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def carry_out(options: argparse.Namespace) -> int:
     """Measures, draws and prints; returns 1 if a server had to be left out because it failed, else 0."""
     set_threads(options.threads)
+    native_module()
     run = report.Run(machine.processor(), machine.instruction_set(), options.threads, options.runs, options.seconds)
     for shape in options.shapes:
         material = material_of(shape, options.cache)

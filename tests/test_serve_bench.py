@@ -16,6 +16,7 @@ from load.servers import KINDS, OURS, Kind
 from tokenizers import Tokenizer
 
 from command_line import UsageError
+from nvtripy_portable.cpu import native
 from tokenizer import load_tokenizer
 
 
@@ -90,3 +91,9 @@ def test_the_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         assert row["rate"][0] > 0 and row["whole"] > 0 and row["changed"] == 0 and row["memory"] > 1 << 20
     assert len(run["answers"]) == 3 and "the same text" in output
     assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+
+
+def test_numpys_speed_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: None)
+    with pytest.raises(UsageError, match="the native executor is not built"):
+        serve_bench.carry_out(serve_bench.parse_arguments(["--shapes", "tiny"]))
