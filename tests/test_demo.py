@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from interrupting import interrupt
 from tiny_checkpoints import random_checkpoint, reciting_checkpoint, script_of
 
 import demo
@@ -71,7 +71,7 @@ class Server:
 
     def end(self) -> tuple[int, str]:
         """Presses Ctrl-C; returns the exit code and what was told on standard error after the page's address."""
-        self.process.send_signal(signal.SIGINT)
+        interrupt(self.process)
         out, err = self.process.communicate(timeout=60)
         assert out == "", "standard output stays clean"
         return self.process.returncode, err

@@ -14,7 +14,6 @@ import re
 import resource
 import select
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -29,6 +28,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupting import interrupt
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import (
     CONTEXT,
@@ -664,7 +664,7 @@ def test_interactive_prompt(answer: list[object]) -> None:
     with start(*answer[:5], stdin=terminal) as process:
         assert process.stderr is not None
         process.stderr.readline()
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         assert process.communicate() == (b"", b"")
     assert process.returncode == 130
     os.close(controller)
@@ -675,7 +675,7 @@ def test_interrupted_while_it_generates(stepwise: Callable[[], subprocess.Popen[
     with stepwise() as process:
         assert process.stdout is not None and process.stderr is not None
         assert read_character(process.stdout) == "n"
-        process.send_signal(signal.SIGINT)
+        interrupt(process)
         assert process.stderr.read() == b""
         assert process.wait() == 130
 
