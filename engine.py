@@ -117,10 +117,7 @@ class Engine:
         if self._decoder is not None:
             self._decoder.set_prompts(rows)
             return
-        if rows.ndim != 2 or rows.shape[1] != self._prompts.shape[1] or len(rows) > len(self._prompts):
-            raise ValueError(f"expected at most {self._prompts.shape} rows of prompts but got {rows.shape}")
-        self._prompts[:] = 0
-        self._prompts[: len(rows)] = rows
+        Decoder.put_prompts(self._prompts, rows)
         self._prompts_there = {}
 
     def choose(self, slots: Sequence[int]) -> None:

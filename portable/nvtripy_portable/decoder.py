@@ -163,7 +163,11 @@ class Decoder:
         Raises:
             ValueError: they do not fit.
         """
-        table = self._prompts[0] if self._prompts else np.zeros((0, 0), np.float32)
+        self.put_prompts(self._prompts[0] if self._prompts else np.zeros((0, 0), np.float32), rows)
+
+    @staticmethod
+    def put_prompts(table: np.ndarray, rows: np.ndarray) -> None:
+        """Writes embeddings into a model's table (prompt_rows, width), as :meth:`set_prompts` does."""
         if rows.ndim != 2 or rows.shape[1] != table.shape[1] or len(rows) > len(table):
             raise ValueError(f"expected at most {table.shape} rows of prompts but got {rows.shape}")
         table[:] = 0
