@@ -2,9 +2,8 @@
 //
 // A bfloat16 has 8 significant bits, a float32 24: an input is the sum of up to three bfloat16, rounded to the nearest, each
 // of what the ones before it leave. A 16-bit integer is 256 * high + low, both int8. Tokens stand in groups of 16, whose
-// columns are their parts:
-// - of integers a token's two bytes are neighbouring columns, each with a sum of its own, so that eight tokens fill a tile;
-// - of floats each part of the 16 tokens is a tile, and they are added to the same sums, so that parts may be left out.
+// columns are their parts, each of the 16 tokens' a tile: of floats they are added to the same sums, so that parts may be left
+// out; of integers each byte has sums of its own.
 //
 // How many parts. Three, and two where inputs are declared to have 16 bits: what is left out is at most 2^-16 of a term. So it
 // is where inputs meet float16 weights, which are two bfloat16 themselves, w = high + low: of the six products the largest
@@ -15,6 +14,8 @@
 //
 // Inputs that were rounded to int8 or E4M3 are exact in one part, and their scale is applied to the sums.
 #pragma once
+
+#include <utility>
 
 #include "amx_tiles.h"
 #include "input_stage.h"
@@ -35,17 +36,13 @@ struct TileInputs {
     int64_t step_numbers;  // of a row of A in a tile
     int64_t steps;         // tiles that a row of A is cut into
 
-    int64_t scale_floats() const { return integers ? width / kInputBlock * parts * kTokenGroup : kTokenGroup; }
+    int64_t scale_floats() const { return (integers ? width / kInputBlock : 1) * kTokenGroup; }
     int64_t part_bytes() const { return steps * kTileBytes; }
     int64_t group_floats() const { return scale_floats() + parts * part_bytes() / 4; }
-    // Where a group's scales begin, in floats: of integers, for each block of inputs, one for each column; of others one for
-    // each token. And its tiles: of each 16 columns, those of all steps one behind the other.
+    // Where a group's scales begin, in floats: one for each token, of integers for each block of inputs. And its tiles: of
+    // each part those of all steps, one behind the other.
     int64_t scales_at(int64_t group) const { return group * group_floats(); }
     int64_t tiles_at(int64_t group) const { return group * group_floats() + scale_floats(); }
-    // Tiles of sums of `tokens` tokens of a group.
-    int64_t sum_tiles(int64_t tokens) const {
-        return integers ? (tokens * parts + kTileSide - 1) / kTileSide : 1;
-    }
 };
 
 inline TileInputs tile_inputs(const Linear& linear) {
@@ -60,11 +57,6 @@ inline TileInputs tile_inputs(const Linear& linear) {
     return inputs;
 }
 
-// The column of a token's part, counted through the group's tiles.
-inline int64_t column_of(const TileInputs& inputs, int64_t token, int64_t part) {
-    return inputs.integers ? token * inputs.parts + part : part * kTileSide + token;
-}
-
 // Weights that share a scale and lie in one block of inputs; a multiple of 32, as integer inputs require.
 inline int64_t run_of(const Matrix& weight) {
     int64_t run = kInputBlock;
@@ -72,27 +64,52 @@ inline int64_t run_of(const Matrix& weight) {
     return run;
 }
 
-// The four bytes of `column` that meet bytes 4 k to 4 k + 3 of A's rows, for each k.
-inline void store_column(char* tile, int64_t column, const void* numbers) {
-    for (int k = 0; k < kTileSide; ++k)
-        std::memcpy(tile + k * kTileRowBytes + column * 4, static_cast<const char*>(numbers) + k * 4, 4);
+// The upper halves of 2W float32: bfloat16, where the lower ones are zeros or not wanted.
+typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
+typedef uint16_t Halves __attribute__((vector_size(sizeof(F))));
+template <size_t... kIndex>
+inline Halves upper_halves(Halves first, Halves second, std::index_sequence<kIndex...>) {
+    return __builtin_shufflevector(first, second, (2 * kIndex + 1)...);
+}
+inline void store_upper_halves(char* to, F first, F second) {
+    const Halves halves = upper_halves(reinterpret_cast<Halves>(first), reinterpret_cast<Halves>(second),
+                                       std::make_index_sequence<2 * W>());
+    std::memcpy(to, &halves, sizeof halves);
 }
 
-// The bfloat16 nearest to x; of finite numbers a finite one.
-inline uint16_t finite_bf16(float x) {
-    const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
-    return magnitude >= 0x7f7f8000u && magnitude < 0x7f800000u ? static_cast<uint16_t>(bits >> 16) : to_bf16(x);
+// The bfloat16 nearest to x, a half to the even; of finite numbers a finite one.
+inline F finite_bf16(F x) {
+    const Words bits = reinterpret_cast<Words>(x), magnitude = bits & 0x7fffffffu;
+    const Words near = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Words far = magnitude > 0x7f800000u ? bits | 0x00400000u : bits;  // NaN stays NaN without its lower half
+    return reinterpret_cast<F>((magnitude < 0x7f7f8000u ? near : far) & 0xffff0000u);
 }
 
-// 32 numbers as the sums of `count` bfloat16 each. Infinity and NaN are in the first, and nothing in the others.
-inline void take_apart(const float* x, int count, uint16_t (&parts)[3][32]) {
-    float rest[32];
-    std::memcpy(rest, x, sizeof rest);
-    for (int part = 0; part < count; ++part)
-        for (int i = 0; i < 32; ++i) {
-            parts[part][i] = finite_bf16(rest[i]);
-            const float difference = rest[i] - to_float_bits(static_cast<uint32_t>(parts[part][i]) << 16);
-            rest[i] = difference == difference ? difference : 0.0f;
+// 32 numbers as the sums of `parts` bfloat16 each, a line of a tile for each part. Infinity and NaN are in the first, and
+// nothing in the others.
+inline void take_apart(const float* x, int64_t parts, char* line, int64_t part_bytes) {
+    for (int i = 0; i < 32; i += 2 * W) {
+        F rest[2] = {load(x + i), load(x + i + W)};
+        for (int64_t part = 0; part < parts; ++part) {
+            const F near[2] = {finite_bf16(rest[0]), finite_bf16(rest[1])};
+            store_upper_halves(line + part * part_bytes + i * 2, near[0], near[1]);
+            for (int half = 0; half < 2; ++half) {
+                const Words difference = reinterpret_cast<Words>(sub(rest[half], near[half]));
+                const Words none = difference ^ difference;
+                rest[half] = reinterpret_cast<F>((difference & 0x7fffffffu) > 0x7f800000u ? none : difference);
+            }
+        }
+    }
+}
+
+// Columns become rows.
+inline void turn_tile(const float* tile, float* to) {
+    for (int64_t i = 0; i < kTileSide; i += W)
+        for (int64_t j = 0; j < kTileSide; j += W) {
+            F square[W];
+            for (int r = 0; r < W; ++r) square[r] = load(tile + (i + r) * kTileSide + j);
+            transpose(square);
+            for (int r = 0; r < W; ++r) store(to + (j + r) * kTileSide + i, square[r]);
         }
 }
 
@@ -109,53 +126,50 @@ inline void order_as_weights(const Matrix& weight, int16_t (&values)[kInputBlock
         }
 }
 
-// A row of integers; its bytes are the parts.
-inline void store_integers(const Linear& linear, const TileInputs& inputs, const float* row, float row_scale, int64_t token,
-                           float* scales, char* tiles) {
-    for (int64_t start = 0; start < inputs.width; start += kInputBlock) {
+// A row of integers, block by block; its bytes are the parts, of which `line` has the first.
+inline void store_integers(const Linear& linear, const TileInputs& inputs, const float* row, float row_scale, float* scales,
+                           char* line) {
+    for (int64_t start = 0; start < inputs.width; start += kInputBlock, scales += kTokenGroup) {
         int16_t values[kInputBlock];
-        const float scale = row_scale * round_block(row + start, linear.stage.rounding, kLargestInTwoBytes, values);
+        *scales = row_scale * round_block(row + start, linear.stage.rounding, kLargestInTwoBytes, values);
         order_as_weights(linear.weight, values);
         int8_t bytes[2][kInputBlock];  // high and low; or the only ones
         for (int i = 0; i < kInputBlock; ++i) {
-            const int value = values[i], low = static_cast<int8_t>(value & 255);
-            bytes[0][i] = static_cast<int8_t>(inputs.parts == 2 ? (value - low) / 256 : value);
-            bytes[1][i] = static_cast<int8_t>(low);
+            const auto low = static_cast<int8_t>(values[i] & 255);
+            bytes[0][i] = static_cast<int8_t>(inputs.parts == 2 ? (values[i] - low) >> 8 : low);
+            bytes[1][i] = low;
         }
-        for (int64_t part = 0; part < inputs.parts; ++part) {
-            const int64_t column = column_of(inputs, token, part);
-            scales[start / kInputBlock * inputs.parts * kTileSide + column] = scale;
-            char* tile = tiles + column / kTileSide * inputs.part_bytes() + start / 64 * kTileBytes;
+        for (int64_t part = 0; part < inputs.parts; ++part)
             for (int64_t step = 0; step < kInputBlock / 64; ++step)
-                store_column(tile + step * kTileBytes, column % kTileSide, bytes[part] + step * 64);
-        }
+                std::memcpy(line + part * inputs.part_bytes() + (start / 64 + step) * kTileBytes, bytes[part] + step * 64, 64);
     }
 }
 
-// As Kernels::prepare, where weights are to meet tiles. Columns that belong to no token stay what they are: what a column of
-// sums comes to depends on the same column of inputs alone, and nobody looks at theirs.
+// As Kernels::prepare, where weights are to meet tiles. A token is a line of each tile first, and a column when its group is
+// complete. Columns that belong to no token are whatever they were: what a column of sums comes to depends on the same column
+// of inputs alone, and nobody looks at theirs.
 inline void prepare_tiles(const Linear& linear, const float* x, int64_t begin, int64_t end, float* prepared,
                           float* scratch) {
     const TileInputs inputs = tile_inputs(linear);
-    for (int64_t t = begin; t < end; ++t) {
-        const int64_t token = t % kTokenGroup;
-        float* scales = prepared + inputs.scales_at(t / kTokenGroup);
-        char* tiles = reinterpret_cast<char*>(prepared + inputs.tiles_at(t / kTokenGroup));
-        normalize(linear.stage, x + t * linear.stage.input_width(), scratch);
-        const float row_scale = linear.stage.rounding == Rounding::none ? 1.0f : round_row(linear.stage, scratch);
-        if (inputs.integers) {
-            store_integers(linear, inputs, scratch, row_scale, token, scales, tiles);
-            continue;
-        }
-        scales[token] = row_scale;
-        for (int64_t step = 0; step < inputs.steps; ++step) {
-            uint16_t parts[3][32];
-            take_apart(scratch + step * 32, inputs.parts, parts);
-            for (int64_t part = 0; part < inputs.parts; ++part) {
-                const int64_t column = column_of(inputs, token, part);
-                store_column(tiles + column / kTileSide * inputs.part_bytes() + step * kTileBytes, column % kTileSide,
-                             parts[part]);
+    for (int64_t first = begin; first < end; first += kTokenGroup) {
+        float* scales = prepared + inputs.scales_at(first / kTokenGroup);
+        float* tiles = prepared + inputs.tiles_at(first / kTokenGroup);
+        for (int64_t t = first; t < smaller(first + kTokenGroup, end); ++t) {
+            char* line = reinterpret_cast<char*>(tiles) + (t - first) * kTileRowBytes;
+            normalize(linear.stage, x + t * linear.stage.input_width(), scratch);
+            const float row_scale = linear.stage.rounding == Rounding::none ? 1.0f : round_row(linear.stage, scratch);
+            if (inputs.integers) {
+                store_integers(linear, inputs, scratch, row_scale, scales + (t - first), line);
+                continue;
             }
+            scales[t - first] = row_scale;
+            for (int64_t step = 0; step < inputs.steps; ++step)
+                take_apart(scratch + step * 32, inputs.parts, line + step * kTileBytes, inputs.part_bytes());
+        }
+        for (int64_t tile = 0; tile < inputs.parts * inputs.steps; ++tile) {
+            alignas(64) float turned[kTileFloats];
+            turn_tile(tiles + tile * kTileFloats, turned);
+            std::memcpy(tiles + tile * kTileFloats, turned, sizeof turned);
         }
     }
 }

@@ -15,6 +15,7 @@ namespace nvtripy_portable::ISA {
 constexpr int64_t kTileSide = 16;  // rows of a tile, and columns of sums
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kTileBytes = kTileSide * kTileRowBytes;
+constexpr int64_t kTileFloats = kTileBytes / 4;
 constexpr int kTiles = 8, kFirstA = 4, kFirstB = 6;
 
 // What the processor is told of its tiles: of each, how many rows, and how many bytes in one.

@@ -1,9 +1,7 @@
-// Rows of weights as the rows of tiles: kPanelDepth numbers of up to kTileWeights rows, converted once and met by all tokens.
+// Rows of weights as the rows of tiles: kTileDepth numbers of up to kTileWeights rows, converted once and met by all tokens.
 // Weights that could be used where they lie are copied as well: rows of a width like 4096 would all fall on the same lines of
 // the first-level cache, and a copy takes a tenth of the time in which memory delivers them.
 #pragma once
-
-#include <utility>
 
 #include "amx_inputs.h"
 #include "amx_tiles.h"
@@ -19,25 +17,13 @@ inline int sides_of(const Matrix& weight) { return weight.dtype == Dtype::f16 ? 
 // Where a panel's tile lies: of 16 rows, of one step, high or low.
 struct PanelTiles {
     char* begin;
-    int64_t steps;  // in kPanelDepth numbers
+    int64_t steps;  // in kTileDepth numbers
     int sides;
     char* at(int64_t rows, int64_t step, int side) const {
         return begin + ((rows * steps + step) * sides + side) * kTileBytes;
     }
 };
 
-// The upper halves of 2W float32: bfloat16, where the lower ones are zeros or not wanted.
-typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
-typedef uint16_t Halves __attribute__((vector_size(sizeof(F))));
-template <size_t... kIndex>
-inline Halves upper_halves(Halves first, Halves second, std::index_sequence<kIndex...>) {
-    return __builtin_shufflevector(first, second, (2 * kIndex + 1)...);
-}
-inline void store_upper_halves(char* to, F first, F second) {
-    const Halves halves = upper_halves(reinterpret_cast<Halves>(first), reinterpret_cast<Halves>(second),
-                                       std::make_index_sequence<2 * W>());
-    std::memcpy(to, &halves, sizeof halves);
-}
 // Rounded to the nearest bfloat16, a half away from zero.
 inline F near_bf16(F x) { return reinterpret_cast<F>((reinterpret_cast<Words>(x) + 0x8000u) & 0xffff0000u); }
 
@@ -59,27 +45,31 @@ inline void fill_line(const typename Numbers::Stored* from, char* high, char* lo
 template <>
 inline void fill_line<BF16, 1>(const uint16_t* from, char* high, char*) { std::memcpy(high, from, kTileRowBytes); }
 
-// The numbers first <= k < first + kPanelDepth of a row, zeros beyond its end; `row` counts the panel's.
+// How many numbers of a row, beyond its end zeros, are in the panel that begins with number `first`.
+inline int64_t panel_depth(int64_t width, int64_t first) { return smaller(kTileDepth, padded_width(width) - first); }
+
+// panel_depth() numbers of a row, from number `first` on; `row` counts the panel's.
 template <class Numbers, int kSides>
 inline void fill_float_row(const uint8_t* data, int64_t width, int64_t first, int64_t row, const PanelTiles& to) {
     using Stored = typename Numbers::Stored;
     const auto* from = reinterpret_cast<const Stored*>(data) + first;
-    Stored part[kPanelDepth];
-    if (width - first < kPanelDepth) {
-        std::memset(part, 0, sizeof part);
+    const int64_t depth = panel_depth(width, first);
+    Stored part[kTileDepth];
+    if (width - first < depth) {
         std::memcpy(part, from, static_cast<size_t>(width - first) * sizeof *part);
+        std::memset(part + (width - first), 0, static_cast<size_t>(depth - (width - first)) * sizeof *part);
         from = part;
     }
     char* line = to.at(row / kTileSide, 0, 0) + row % kTileSide * kTileRowBytes;
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < kPanelDepth; k += 32, line += kSides * kTileBytes)
+    for (int64_t k = 0; k < depth; k += 32, line += kSides * kTileBytes)
         fill_line<Numbers, kSides>(from + k, line, line + kTileBytes);
 }
 
-// Packed int4 as integers, for each run the even ones before the odd ones.
+// A block of packed int4 as integers, two lines, for each run the even ones before the odd ones.
 template <int kRun>
 inline void unpack_runs(const uint8_t* packed, int8_t* const (&lines)[2]) {
-    for (int start = 0; start < kPanelDepth; start += kRun) {
+    for (int start = 0; start < kInputBlock; start += kRun) {
         const int odd = start + kRun / 2;
         int8_t *first = lines[start / 64] + start % 64, *second = lines[odd / 64] + odd % 64;
         for (int i = 0; i < kRun / 2; ++i) {
@@ -93,23 +83,28 @@ inline void unpack_runs(const uint8_t* packed, int8_t* const (&lines)[2]) {
 // As fill_float_row.
 inline void fill_integer_row(const Matrix& weight, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
     const bool int4 = weight.dtype == Dtype::i4;
-    const int64_t skipped = int4 ? first / 2 : first, bytes = int4 ? kPanelDepth / 2 : kPanelDepth;
-    const uint8_t* from = data + skipped;
-    uint8_t part[kPanelDepth];
-    if (weight.row_bytes() - skipped < bytes) {
-        std::memset(part, 0, sizeof part);
-        std::memcpy(part, from, static_cast<size_t>(weight.row_bytes() - skipped));
-        from = part;
-    }
-    int8_t* const lines[2] = {
-        reinterpret_cast<int8_t*>(to.at(row / kTileSide, 0, 0) + row % kTileSide * kTileRowBytes),
-        reinterpret_cast<int8_t*>(to.at(row / kTileSide, 1, 0) + row % kTileSide * kTileRowBytes)};
-    if (!int4)
-        for (int step = 0; step < 2; ++step) std::memcpy(lines[step], from + step * kTileRowBytes, kTileRowBytes);
-    else switch (run_of(weight)) {
-        case 32: unpack_runs<32>(from, lines); break;
-        case 64: unpack_runs<64>(from, lines); break;
-        default: unpack_runs<128>(from, lines); break;
+    const int64_t block_bytes = int4 ? kInputBlock / 2 : kInputBlock;
+    int64_t left = weight.row_bytes() - (int4 ? first / 2 : first);
+    const uint8_t* from = data + weight.row_bytes() - left;
+    for (int64_t block = 0; block < panel_depth(weight.width, first) / kInputBlock; ++block) {
+        uint8_t part[kInputBlock];
+        if (left < block_bytes) {
+            std::memset(part, 0, sizeof part);
+            std::memcpy(part, from, static_cast<size_t>(left));
+            from = part;
+        }
+        const int64_t line = row % kTileSide * kTileRowBytes;
+        int8_t* const lines[2] = {reinterpret_cast<int8_t*>(to.at(row / kTileSide, 2 * block, 0) + line),
+                                  reinterpret_cast<int8_t*>(to.at(row / kTileSide, 2 * block + 1, 0) + line)};
+        if (!int4)
+            for (int step = 0; step < 2; ++step) std::memcpy(lines[step], from + step * kTileRowBytes, kTileRowBytes);
+        else switch (run_of(weight)) {
+            case 32: unpack_runs<32>(from, lines); break;
+            case 64: unpack_runs<64>(from, lines); break;
+            default: unpack_runs<128>(from, lines); break;
+        }
+        from += block_bytes;
+        left -= block_bytes;
     }
 }
 

@@ -161,7 +161,7 @@ std::vector<float> multiplied(const Kernels& kernels, const Case& c, Role role, 
             kernels.prepare(c.linear, role, x.data(), tokens, t, std::min(t + group, tokens), prepared.data(), scratch.data());
     }
     const float* from = floats_taken > 0 ? prepared.data() : x.data();
-    const int64_t most_rows = role == Role::prompt ? kPanelColumns : c.rows;
+    const int64_t most_rows = role == Role::prompt ? kernels.prompt_rows : c.rows;
     const int64_t most_tokens = role == Role::prompt ? kPanelTokens : tokens;
     for (int64_t first = 0; first < tokens;) {
         const int64_t wanted = in_pieces ? number(1, (tokens + group - 1) / group) * group : most_tokens;
@@ -271,7 +271,11 @@ void check_all(const Kernels& kernels) {
         one(dtype, number(41, 300), 0, true, Rounding::i8);
     }
     one(Dtype::f8, number(41, 300), 0, false, Rounding::f8);
-    // More tokens than are taken together.
+    // More numbers, rows and tokens than are taken together.
+    check(kernels, Case(Dtype::f16, 150, number(500, 1200), 0, false, Rounding::none, false), Role::prompt, number(20, 40));
+    check(kernels, Case(Dtype::i8, 150, number(500, 1200), 0, true, Rounding::none, false), Role::prompt, number(20, 40));
+    check(kernels, Case(Dtype::i8, 150, 1024, 32, true, Rounding::i8, false), Role::prompt, number(20, 40));
+    check(kernels, Case(Dtype::i4, 150, 96 * 7, 96, true, Rounding::none, false), Role::generated, number(20, 40));
     check(kernels, Case(Dtype::f16, 33, 130, 0, false, Rounding::none, true), Role::prompt, 300);
     check(kernels, Case(Dtype::f16, 33, 130, 0, false, Rounding::none, true), Role::generated, 300);
     check(kernels, Case(Dtype::i4, 33, 256, 64, true, Rounding::none, true), Role::generated, 300);

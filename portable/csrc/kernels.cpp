@@ -19,10 +19,10 @@ namespace nvtripy_portable::ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
 #if ISA_TILES
-    ISA_TILES == 2 ? "amx-emulated" : ISA_STRING(ISA), kTokenGroup, kTileGeneratedWeights, norm,
+    ISA_TILES == 2 ? "amx-emulated" : ISA_STRING(ISA), kTokenGroup, kTileGeneratedRows, kTileWeights, norm,
     prepared_floats_for_tiles, prepare_for_tiles, multiply_with_tiles, finish,
 #else
-    ISA_STRING(ISA), kPreparedTogether, kRowGroup, norm, prepared_floats, prepare_tokens, multiply, finish,
+    ISA_STRING(ISA), kPreparedTogether, kRowGroup, kPanelColumns, norm, prepared_floats, prepare_tokens, multiply, finish,
 #endif
     low_rank, apply_gate, load_row, quantize, store_row, attend, attend_block, attend_group, turn, merge, divide, block_maxima, read,
 };

@@ -123,6 +123,7 @@ struct Kernels {
     const char* name;
     int64_t token_group;  // tokens that are prepared together
     int64_t row_group;    // rows of weights that generated tokens meet together, or a multiple
+    int64_t prompt_rows;  // the most rows of weights that prompts meet together, a multiple of kPanelColumns
 
     // y = layer_norm(x), one row, or rms_norm(x) where bias is nullptr.
     void (*norm)(const float* x, const float* scale, const float* bias, float epsilon, int64_t width, float* y);
@@ -138,7 +139,7 @@ struct Kernels {
                     float* prepared, float* scratch);
     // y[t - first, n - begin] = x[t] . row n, scaled, for `count` tokens from `first` on, a multiple of token_group, of the
     // `tokens` that were prepared, and for the weight's rows begin <= n < end: of prompts up to kPanelTokens tokens and
-    // kPanelColumns rows. The scratch memory has kLinearScratch floats.
+    // prompt_rows rows. The scratch memory has kLinearScratch floats.
     void (*multiply)(const Linear& linear, Role role, const float* prepared, int64_t tokens, int64_t first, int64_t count,
                      int64_t begin, int64_t end, float* y, int64_t y_stride, float* scratch);
 
@@ -196,7 +197,9 @@ constexpr int64_t kPanelColumns = 64;   // of a panel for many tokens: rows of w
 constexpr int64_t kPanelDepth = 128;    // numbers of each: one block of integer inputs
 constexpr int64_t kPanelTokens = 256;
 constexpr int64_t kPanelScratch = kPanelColumns * (kPanelDepth + kPanelTokens);
-constexpr int64_t kTileScratch = kPanelColumns * (kPanelDepth + 2 * kPanelTokens);  // amx_linear.h
+constexpr int64_t kTileWeights = 128;   // amx_linear.h: rows of weights that meet kPanelTokens tokens together,
+constexpr int64_t kTileDepth = 512;  // and numbers of each
+constexpr int64_t kTileScratch = kTileWeights * (kTileDepth + kPanelTokens);
 constexpr int64_t kLinearScratch = kTileScratch > kPanelFloats ? kTileScratch : kPanelFloats;
 constexpr int64_t kKeyChunk = 256;  // keys that are attended to together
 constexpr int64_t kQueryBlock = 48;

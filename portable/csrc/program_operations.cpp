@@ -90,7 +90,9 @@ void Program::multiply_many(const Operation& operation, Role role, int64_t from,
     }
     const int64_t blocks = role == Role::prompt ? divide_up(tokens, kPanelTokens) : 1;
     const int64_t block = divide_up(divide_up(tokens, blocks), group) * group;
-    const int64_t rows = role == Role::prompt ? kPanelColumns : rows_together(linear.weight, pool);
+    int64_t rows = role == Role::prompt ? kernels_.prompt_rows : rows_together(linear.weight, pool);
+    if (role == Role::prompt)
+        while (rows > kPanelColumns && divide_up(outputs, rows) * blocks < 2 * pool.team()) rows /= 2;
     const int64_t units = divide_up(outputs, rows);
     pool.each(units * divide_up(tokens, block), [&](int64_t unit, int thread) {
         const int64_t first = unit / units * block, count = std::min(block, tokens - first);
