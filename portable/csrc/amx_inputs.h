@@ -64,6 +64,8 @@ inline int64_t run_of(const Matrix& weight) {
     return run;
 }
 
+typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
+
 // The upper halves of 2W float32: bfloat16, where the lower ones are zeros or not wanted.
 typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
 typedef uint16_t Halves __attribute__((vector_size(sizeof(F))));
@@ -102,15 +104,24 @@ inline void take_apart(const float* x, int64_t parts, char* line, int64_t part_b
     }
 }
 
-// Columns become rows.
-inline void turn_tile(const float* tile, float* to) {
+// Columns become rows, to_stride apart.
+inline void turn_tile(const float* tile, float* to, int64_t to_stride = kTileSide) {
     for (int64_t i = 0; i < kTileSide; i += W)
         for (int64_t j = 0; j < kTileSide; j += W) {
             F square[W];
             for (int r = 0; r < W; ++r) square[r] = load(tile + (i + r) * kTileSide + j);
             transpose(square);
-            for (int r = 0; r < W; ++r) store(to + (j + r) * kTileSide + i, square[r]);
+            for (int r = 0; r < W; ++r) store(to + (j + r) * to_stride + i, square[r]);
         }
+}
+
+// The lines of `count` tiles become columns.
+inline void turn_lines(float* tiles, int64_t count) {
+    for (int64_t tile = 0; tile < count; ++tile) {
+        alignas(64) float turned[kTileFloats];
+        turn_tile(tiles + tile * kTileFloats, turned);
+        std::memcpy(tiles + tile * kTileFloats, turned, sizeof turned);
+    }
 }
 
 // A block of integers in the order of the weights' numbers in a tile: int4 come with the even ones of a run before the odd ones.
@@ -166,11 +177,7 @@ inline void prepare_tiles(const Linear& linear, const float* x, int64_t begin, i
             for (int64_t step = 0; step < inputs.steps; ++step)
                 take_apart(scratch + step * 32, inputs.parts, line + step * kTileBytes, inputs.part_bytes());
         }
-        for (int64_t tile = 0; tile < inputs.parts * inputs.steps; ++tile) {
-            alignas(64) float turned[kTileFloats];
-            turn_tile(tiles + tile * kTileFloats, turned);
-            std::memcpy(tiles + tile * kTileFloats, turned, sizeof turned);
-        }
+        turn_lines(tiles, inputs.parts * inputs.steps);
     }
 }
 

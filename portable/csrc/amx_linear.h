@@ -18,6 +18,7 @@
 #pragma once
 
 #include "amx_inputs.h"
+#include "amx_products.h"
 #include "amx_rows.h"
 #include "amx_tiles.h"
 #include "amx_weights.h"
@@ -28,7 +29,6 @@
 namespace nvtripy_portable::ISA {
 
 constexpr int64_t kTileGeneratedRows = 32;  // of weights that meet generated tokens together: so much is asked for ahead
-constexpr int64_t kGroupsTogether = kPanelTokens / kTokenGroup;
 static_assert(kTileDepth % kInputBlock == 0 && kTileWeights % kTileSide == 0);
 
 // Which operations are prepared as this file and amx_rows.h want it. Not generated tokens with floats; nor float32 weights,
@@ -39,78 +39,8 @@ inline bool uses_tiles(const Linear& linear, Role role) {
     return role == Role::prompt && weight.dtype != Dtype::f32 && weight.dtype != Dtype::i4 && !weight.block;
 }
 
-// Up to 2 x 2 tiles of sums, the rows' first.
-template <int kRows>
-inline void load_rows(const char* first, const char* second, int64_t stride) {
-    load_tile<kFirstA>(first, stride);
-    if constexpr (kRows == 2) load_tile<kFirstA + 1>(second, stride);
-}
-template <int kColumns>
-inline void load_columns(const char* const (&columns)[2], int64_t offset) {
-    load_tile<kFirstB>(columns[0] + offset, kTileRowBytes);
-    if constexpr (kColumns == 2) load_tile<kFirstB + 1>(columns[1] + offset, kTileRowBytes);
-}
-template <int kRows, int kColumns, bool kIntegers>
-inline void add_products() {
-    const auto add = []<int kRow, int kColumn>() __attribute__((always_inline)) {
-        if constexpr (kIntegers) dot_i8<2 * kRow + kColumn, kFirstA + kRow, kFirstB + kColumn>();
-        else dot_bf16<2 * kRow + kColumn, kFirstA + kRow, kFirstB + kColumn>();
-    };
-    add.template operator()<0, 0>();
-    if constexpr (kColumns == 2) add.template operator()<0, 1>();
-    if constexpr (kRows == 2) add.template operator()<1, 0>();
-    if constexpr (kRows == 2 && kColumns == 2) add.template operator()<1, 1>();
-}
-// visit<kTile>(row, column) for each tile of sums.
-template <int kRows, int kColumns, class Visit>
-inline void each_sum(const Visit& visit) {
-    visit.template operator()<0>(0, 0);
-    if constexpr (kColumns == 2) visit.template operator()<1>(0, 1);
-    if constexpr (kRows == 2) visit.template operator()<2>(1, 0);
-    if constexpr (kRows == 2 && kColumns == 2) visit.template operator()<3>(1, 1);
-}
-
-// What a kernel call works on: a panel's rows, and groups of tokens.
-struct TileWork {
-    PanelTiles panel;
-    TileInputs inputs;
-    int64_t first, depth;                  // the panel's first number, and how many there are
-    int64_t groups;
-    const char* tiles[kGroupsTogether];    // each one's first
-    const float* scales[kGroupsTogether];  // each one's of the first block, integers'
-    float* sums;                           // a tile for each 16 rows and each group
-    float* sums_at(int64_t rows, int64_t group) const { return sums + (rows * groups + group) * kTileFloats; }
-};
-
-// Adds a panel's floats. Tiles of one part, or parts one by one.
-template <int kRows, int kColumns, int kSides, int kParts>
-inline void add_floats(const TileWork& work, int64_t rows, int64_t group) {
-    const char* const columns[2] = {work.tiles[group], work.tiles[group + kColumns - 1]};
-    each_sum<kRows, kColumns>([&]<int kTile>(int64_t r, int64_t c) __attribute__((always_inline)) {
-        if (work.first == 0) zero_tile<kTile>();
-        else load_tile<kTile>(work.sums_at(rows + r, group + c), kTileRowBytes);
-    });
-    for (int64_t step = 0; step < work.depth / 32; ++step) {
-        const int64_t offset = (work.first / 32 + step) * kTileBytes;
-        load_rows<kRows>(work.panel.at(rows, step, 0), work.panel.at(rows + kRows - 1, step, 0), kTileRowBytes);
-#pragma GCC unroll 3
-        for (int part = kParts - 1; part >= 0; --part) {
-            load_columns<kColumns>(columns, offset + part * work.inputs.part_bytes());
-            add_products<kRows, kColumns, false>();
-        }
-        if constexpr (kSides == 2) {
-            load_rows<kRows>(work.panel.at(rows, step, 1), work.panel.at(rows + kRows - 1, step, 1), kTileRowBytes);
-            add_products<kRows, kColumns, false>();
-        }
-    }
-    each_sum<kRows, kColumns>([&]<int kTile>(int64_t r, int64_t c) __attribute__((always_inline)) {
-        store_tile<kTile>(work.sums_at(rows + r, group + c), kTileRowBytes);
-    });
-}
-
 // sums = or += products of one tile, or 256 * those of the first + those of the second, times the columns' scales and, where
 // there are any, the rows'.
-typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
 template <int kParts>
 inline void add_scaled(const int32_t* products, const int32_t* low, const float* column_scales, const float* row_scales,
                        float* sums, bool add_to) {
@@ -141,7 +71,7 @@ template <int kRows, int kColumns, int kParts>
 inline void add_integers(const TileWork& work, int64_t run, const float* row_scales, int64_t rows, int64_t group) {
     constexpr int kGroups = kParts == 2 ? 1 : kColumns;
     const char* const columns[2] = {
-        work.tiles[group], kParts == 2 ? work.tiles[group] + work.inputs.part_bytes() : work.tiles[group + kColumns - 1]};
+        work.tiles[group], kParts == 2 ? work.tiles[group] + work.part_bytes : work.tiles[group + kColumns - 1]};
     alignas(64) int32_t products[2][4][kTileFloats];
     const auto scale = [&](int64_t start) __attribute__((always_inline)) {
         const auto& sums = products[start / run % 2];
@@ -169,28 +99,6 @@ inline void add_integers(const TileWork& work, int64_t run, const float* row_sca
     scale(work.depth - run);
 }
 
-// add<kRows, kGroups>(rows, group) for all tiles of sums: of two times 16 rows and of kMost groups, or fewer at the end.
-template <int kMost, class Add>
-inline void each_pair(int64_t row_tiles, int64_t groups, const Add& add) {
-    for (int64_t group = 0; group < groups; group += kMost) {
-        const bool two_groups = kMost == 2 && group + 2 <= groups;
-        for (int64_t rows = 0; rows < row_tiles; rows += 2) {
-            const bool two_rows = rows + 2 <= row_tiles;
-            if (two_rows && two_groups) add.template operator()<2, 2>(rows, group);
-            else if (two_rows) add.template operator()<2, 1>(rows, group);
-            else if (two_groups) add.template operator()<1, 2>(rows, group);
-            else add.template operator()<1, 1>(rows, group);
-        }
-    }
-}
-
-template <int kSides, int kParts>
-inline void add_float_panel(const TileWork& work, int64_t row_tiles) {
-    each_pair<2>(row_tiles, work.groups, [&]<int kRows, int kGroups>(int64_t rows, int64_t group) {
-        add_floats<kRows, kGroups, kSides, kParts>(work, rows, group);
-    });
-}
-
 inline void add_integer_panel(const Matrix& weight, const TileWork& work, int64_t row_tiles, int64_t begin, int64_t end) {
     const int64_t run = run_of(weight);
     alignas(64) float scales[kTileDepth / 32 * kTileWeights];
@@ -203,7 +111,7 @@ inline void add_integer_panel(const Matrix& weight, const TileWork& work, int64_
                     is_there ? weight.scales[n * weight.scale_stride + (work.first + start) / weight.block] : 0.0f;
             }
     const float* row_scales = weight.block ? scales : nullptr;
-    if (work.inputs.parts == 2)
+    if (work.parts == 2)
         each_pair<1>(row_tiles, work.groups, [&]<int kRows, int>(int64_t rows, int64_t group) {
             add_integers<kRows, 2, 2>(work, run, row_scales, rows, group);
         });
@@ -216,17 +124,8 @@ inline void add_integer_panel(const Matrix& weight, const TileWork& work, int64_
 inline void add_panel(const Linear& linear, const TileWork& work, int64_t begin, int64_t end) {
     const Matrix& weight = linear.weight;
     const int64_t row_tiles = (end - begin + kTileSide - 1) / kTileSide;
-    const int parts = work.inputs.parts;
-    if (linear.integers) {
-        add_integer_panel(weight, work, row_tiles, begin, end);
-    } else if (sides_of(weight) == 2) {
-        if (parts == 2) add_float_panel<2, 2>(work, row_tiles);
-        else add_float_panel<2, 1>(work, row_tiles);
-    } else {
-        if (parts == 3) add_float_panel<1, 3>(work, row_tiles);
-        else if (parts == 2) add_float_panel<1, 2>(work, row_tiles);
-        else add_float_panel<1, 1>(work, row_tiles);
-    }
+    if (linear.integers) add_integer_panel(weight, work, row_tiles, begin, end);
+    else add_float_panel(work, sides_of(weight), row_tiles);
 }
 
 // y of `count` tokens of a group.
@@ -256,10 +155,9 @@ inline void write_sums(const Linear& linear, const TileWork& work, int64_t group
 }
 
 // Up to kTileWeights rows of weights and kPanelTokens tokens.
-inline void multiply_block(const Linear& linear, Role role, TileWork& work, const float* prepared, int64_t first, int64_t count,
+inline void multiply_block(const Linear& linear, Role role, const TileInputs& inputs, TileWork& work, const float* prepared, int64_t first, int64_t count,
                            int64_t begin, int64_t end, float* y, int64_t y_stride) {
     const Matrix& weight = linear.weight;
-    const TileInputs& inputs = work.inputs;
     const int64_t first_group = first / kTokenGroup;
     work.groups = (count + kTokenGroup - 1) / kTokenGroup;
     for (int64_t group = 0; group < work.groups; ++group) {
@@ -273,11 +171,12 @@ inline void multiply_block(const Linear& linear, Role role, TileWork& work, cons
     const auto* rows = static_cast<const char*>(weight.data) + begin * row_bytes;
     const char* ahead = rows + larger((end - begin) * row_bytes, bytes_ahead());
     const auto bytes_of = [&](int64_t from) {
-        return larger<int64_t>(row_bytes * smaller(kTileDepth, weight.width - from) / weight.width, 1);
+        return larger<int64_t>(row_bytes * smaller(panel_depth(linear, from), weight.width - from) / weight.width, 1);
     };
-    for (work.first = 0; work.first < weight.width; work.first += kTileDepth) {
-        work.depth = panel_depth(weight.width, work.first);
-        const int64_t next = work.first + kTileDepth < weight.width ? work.first + kTileDepth : 0;
+    for (work.first = 0; work.first < weight.width; work.first += work.depth) {
+        work.depth = panel_depth(linear, work.first);
+        work.goes_on = work.first > 0;
+        const int64_t next = work.first + work.depth < weight.width ? work.first + work.depth : 0;
         const int64_t bytes = bytes_of(role == Role::prompt ? next : work.first);
         for (int64_t n = begin; n < end; ++n) {
             if (role == Role::prompt)
@@ -324,14 +223,16 @@ inline void multiply_with_tiles(const Linear& linear, Role role, const float* pr
         return;
     }
     TileWork work;
-    work.inputs = tile_inputs(linear);
-    work.panel = {reinterpret_cast<char*>(scratch), kTileDepth / work.inputs.step_numbers, sides_of(linear.weight)};
+    const TileInputs inputs = tile_inputs(linear);
+    work.parts = inputs.parts;
+    work.part_bytes = inputs.part_bytes();
+    work.panel = {reinterpret_cast<char*>(scratch), kTileDepth / inputs.step_numbers, sides_of(linear.weight)};
     work.sums = scratch + kTileWeights * kTileDepth;
     const TileUse use(linear.integers && run_of(linear.weight) == 32 ? 32 : 64);
     const int64_t together = role == Role::prompt ? kTileWeights : kTileGeneratedRows;
     for (int64_t t = 0; t < count; t += kPanelTokens)
         for (int64_t n = begin; n < end; n += together)
-            multiply_block(linear, role, work, prepared, first + t, smaller(kPanelTokens, count - t), n,
+            multiply_block(linear, role, inputs, work, prepared, first + t, smaller(kPanelTokens, count - t), n,
                            smaller(n + together, end), y + t * y_stride + (n - begin), y_stride);
 }
 

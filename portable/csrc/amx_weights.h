@@ -46,14 +46,16 @@ template <>
 inline void fill_line<BF16, 1>(const uint16_t* from, char* high, char*) { std::memcpy(high, from, kTileRowBytes); }
 
 // How many numbers of a row, beyond its end zeros, are in the panel that begins with number `first`.
-inline int64_t panel_depth(int64_t width, int64_t first) { return smaller(kTileDepth, padded_width(width) - first); }
+inline int64_t panel_depth(const Linear& linear, int64_t first) {
+    return smaller(linear.integers ? kIntegerDepth : kTileDepth, padded_width(linear.weight.width) - first);
+}
 
 // panel_depth() numbers of a row, from number `first` on; `row` counts the panel's.
 template <class Numbers, int kSides>
-inline void fill_float_row(const uint8_t* data, int64_t width, int64_t first, int64_t row, const PanelTiles& to) {
+inline void fill_float_row(const Linear& linear, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
     using Stored = typename Numbers::Stored;
     const auto* from = reinterpret_cast<const Stored*>(data) + first;
-    const int64_t depth = panel_depth(width, first);
+    const int64_t width = linear.weight.width, depth = panel_depth(linear, first);
     Stored part[kTileDepth];
     if (width - first < depth) {
         std::memcpy(part, from, static_cast<size_t>(width - first) * sizeof *part);
@@ -81,12 +83,13 @@ inline void unpack_runs(const uint8_t* packed, int8_t* const (&lines)[2]) {
 }
 
 // As fill_float_row.
-inline void fill_integer_row(const Matrix& weight, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
+inline void fill_integer_row(const Linear& linear, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
+    const Matrix& weight = linear.weight;
     const bool int4 = weight.dtype == Dtype::i4;
     const int64_t block_bytes = int4 ? kInputBlock / 2 : kInputBlock;
     int64_t left = weight.row_bytes() - (int4 ? first / 2 : first);
     const uint8_t* from = data + weight.row_bytes() - left;
-    for (int64_t block = 0; block < panel_depth(weight.width, first) / kInputBlock; ++block) {
+    for (int64_t block = 0; block < panel_depth(linear, first) / kInputBlock; ++block) {
         uint8_t part[kInputBlock];
         if (left < block_bytes) {
             std::memset(part, 0, sizeof part);
@@ -111,18 +114,17 @@ inline void fill_integer_row(const Matrix& weight, const uint8_t* data, int64_t 
 inline void fill_row(const Linear& linear, int64_t n, int64_t first, int64_t row, const PanelTiles& to) {
     const Matrix& weight = linear.weight;
     const auto* data = static_cast<const uint8_t*>(weight.data) + n * weight.row_bytes();
-    const int64_t width = weight.width;
     if (linear.integers) {
-        fill_integer_row(weight, data, first, row, to);
+        fill_integer_row(linear, data, first, row, to);
         return;
     }
     switch (weight.dtype) {
-        case Dtype::f16: fill_float_row<F16, 2>(data, width, first, row, to); break;
-        case Dtype::bf16: fill_float_row<BF16, 1>(data, width, first, row, to); break;
-        case Dtype::i8: fill_float_row<I8, 1>(data, width, first, row, to); break;
+        case Dtype::f16: fill_float_row<F16, 2>(linear, data, first, row, to); break;
+        case Dtype::bf16: fill_float_row<BF16, 1>(linear, data, first, row, to); break;
+        case Dtype::i8: fill_float_row<I8, 1>(linear, data, first, row, to); break;
         default:
-            if (weight.has_nan) fill_float_row<F8WithNaN, 1>(data, width, first, row, to);
-            else fill_float_row<F8, 1>(data, width, first, row, to);
+            if (weight.has_nan) fill_float_row<F8WithNaN, 1>(linear, data, first, row, to);
+            else fill_float_row<F8, 1>(linear, data, first, row, to);
             break;
     }
 }

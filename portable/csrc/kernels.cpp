@@ -8,6 +8,7 @@
 #include "low_rank.h"
 #include "rows.h"
 #if ISA_TILES
+#include "amx_attention.h"
 #include "amx_linear.h"
 #endif
 
@@ -24,7 +25,13 @@ const Kernels kernels = {
 #else
     ISA_STRING(ISA), kPreparedTogether, kRowGroup, kPanelColumns, norm, prepared_floats, prepare_tokens, multiply, finish,
 #endif
-    low_rank, apply_gate, load_row, quantize, store_row, attend, attend_block, attend_group, turn, merge, divide, block_maxima, read,
+    low_rank, apply_gate, load_row, quantize, store_row, attend,
+#if ISA_TILES
+    attend_block_with_tiles,
+#else
+    attend_block,
+#endif
+    attend_group, turn, merge, divide, block_maxima, read,
 };
 
 }  // namespace nvtripy_portable::ISA
