@@ -88,21 +88,16 @@ inline void weigh_group(const Score& score, int64_t first, float score_scale, So
     }
 }
 
+// Rounded to the nearest bfloat16, a half away from zero.
+inline F near_bf16(F x) { return reinterpret_cast<F>((reinterpret_cast<Words>(x) + 0x8000u) & 0xffff0000u); }
+
 // Sixteen dimensions of the values of two keys as a line of a tile of columns, or of two.
 template <class Numbers, int kSides>
 inline void fill_pair(const typename Numbers::Stored* first, const typename Numbers::Stored* second, char* high, char* low) {
     for (int i = 0; i < kTileSide; i += W) {
-        const auto store_words = [&](char* to, F x, F y) {
-            const Words words = reinterpret_cast<Words>(x) >> 16 | (reinterpret_cast<Words>(y) & 0xffff0000u);
-            std::memcpy(to + i * 4, &words, sizeof words);
-        };
         const F x = Numbers::load(first + i), y = Numbers::load(second + i);
-        if constexpr (kSides == 1) {
-            store_words(high, x, y);
-        } else {
-            store_words(high, near_bf16(x), near_bf16(y));
-            store_words(low, sub(x, near_bf16(x)), sub(y, near_bf16(y)));
-        }
+        store_upper_halves(high + i * 4, x, y);
+        if constexpr (kSides == 2) store_upper_halves(low + i * 4, without_upper_half(x), without_upper_half(y));
     }
 }
 
@@ -114,19 +109,15 @@ inline void attend_with_tiles(const Attention& attention, const float* q, int64_
     const AttentionScratch at{size / 32};
 
     TileWork scores, sums;
-    scores.panel = {reinterpret_cast<char*>(scratch + at.keys_at()), at.steps, kSides};
+    scores.panel = {reinterpret_cast<char*>(scratch + at.keys_at()), at.steps, kSides, 0, size};
     scores.parts = 2;
     scores.part_bytes = at.steps * kTileBytes;
-    scores.first = 0;
-    scores.depth = size;
     scores.goes_on = false;
     scores.groups = groups;
     scores.sums = scratch + at.scores_at();
-    sums.panel = {reinterpret_cast<char*>(scratch + at.weights_at()), kKeySteps, 2};
+    sums.panel = {reinterpret_cast<char*>(scratch + at.weights_at()), kKeySteps, 2, 0, kKeyTile};
     sums.parts = kSides;
     sums.part_bytes = kKeySteps * kTileBytes;
-    sums.first = 0;
-    sums.depth = kKeyTile;
     sums.goes_on = true;
     sums.groups = size / kTileSide;
     sums.sums = scratch + at.sums_at();
@@ -180,10 +171,11 @@ inline void attend_with_tiles(const Attention& attention, const float* q, int64_
                 fill_line<Numbers, kSides>(keys[i] + step * 32, line, line + kTileBytes);
         }
         add_float_panel(scores, kSides, kKeyTiles);
-        for (int64_t i = 0; i < kKeyTile; i += 2)
+        for (int64_t pair = 0; pair < kKeyTile / 2; ++pair)
             for (int64_t d = 0; d < sums.groups; ++d) {
-                char* line = values + d * kSides * sums.part_bytes + i / 2 * kTileRowBytes;
-                fill_pair<Numbers, kSides>(values_of[i] + d * kTileSide, values_of[i + 1] + d * kTileSide, line,
+                const int64_t i = pair / kTileSide * 32 + pair % kTileSide;  // in the order of the weights
+                char* line = values + d * kSides * sums.part_bytes + pair * kTileRowBytes;
+                fill_pair<Numbers, kSides>(values_of[i] + d * kTileSide, values_of[i + kTileSide] + d * kTileSide, line,
                                            line + sums.part_bytes);
             }
         for (int64_t group = 0; group < groups; ++group) {
@@ -208,11 +200,11 @@ inline void attend_with_tiles(const Attention& attention, const float* q, int64_
                     turn_tile(scores.sums_at(2 * step + half, group), weights + half * kTileSide, 32);
                 for (int64_t i = 0; i < kTileSide; ++i) {
                     char* line = sums.panel.at(group, step, 0) + i * kTileRowBytes;
-                    for (int64_t k = 0; k < 32; k += 2 * W) {
-                        const F x = load(weights + i * 32 + k), z = load(weights + i * 32 + k + W);
-                        const F near[2] = {near_bf16(x), near_bf16(z)};
-                        store_upper_halves(line + k * 2, near[0], near[1]);
-                        store_upper_halves(line + kTileBytes + k * 2, near_bf16(sub(x, near[0])), near_bf16(sub(z, near[1])));
+                    for (int64_t k = 0; k < kTileSide; k += W) {
+                        const F x = load(weights + i * 32 + k), z = load(weights + i * 32 + kTileSide + k);
+                        store_upper_halves(line + k * 4, x, z);
+                        store_upper_halves(line + kTileBytes + k * 4, near_bf16(without_upper_half(x)),
+                                           near_bf16(without_upper_half(z)));
                     }
                 }
             }

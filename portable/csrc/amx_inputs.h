@@ -15,8 +15,6 @@
 // Inputs that were rounded to int8 or E4M3 are exact in one part, and their scale is applied to the sums.
 #pragma once
 
-#include <utility>
-
 #include "amx_tiles.h"
 #include "input_stage.h"
 #include "kernels.h"
@@ -66,17 +64,19 @@ inline int64_t run_of(const Matrix& weight) {
 
 typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
 
-// The upper halves of 2W float32: bfloat16, where the lower ones are zeros or not wanted.
 typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
-typedef uint16_t Halves __attribute__((vector_size(sizeof(F))));
-template <size_t... kIndex>
-inline Halves upper_halves(Halves first, Halves second, std::index_sequence<kIndex...>) {
-    return __builtin_shufflevector(first, second, (2 * kIndex + 1)...);
-}
+
+// The upper halves of 2W float32, bfloat16 where the lower ones are zeros or not wanted, as W pairs of a line of a tile. In
+// all lines of floats, of weights and of inputs, number i of a step stands beside number i + 16: that costs the least to make.
 inline void store_upper_halves(char* to, F first, F second) {
-    const Halves halves = upper_halves(reinterpret_cast<Halves>(first), reinterpret_cast<Halves>(second),
-                                       std::make_index_sequence<2 * W>());
-    std::memcpy(to, &halves, sizeof halves);
+    const Words low = reinterpret_cast<Words>(first) >> 16;
+#if ISA_NUMBER(ISA) == 3
+    const Words pairs = reinterpret_cast<Words>(_mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret_cast<I>(low),
+                                                                        reinterpret_cast<I>(second)));
+#else
+    const Words pairs = low | (reinterpret_cast<Words>(second) & 0xffff0000u);
+#endif
+    std::memcpy(to, &pairs, sizeof pairs);
 }
 
 // The bfloat16 nearest to x, a half to the even; of finite numbers a finite one.
@@ -87,19 +87,21 @@ inline F finite_bf16(F x) {
     return reinterpret_cast<F>((magnitude < 0x7f7f8000u ? near : far) & 0xffff0000u);
 }
 
-// 32 numbers as the sums of `parts` bfloat16 each, a line of a tile for each part. Infinity and NaN are in the first, and
-// nothing in the others.
+// Takes the nearest bfloat16 from numbers: it is returned, what it leaves is put in their place. Infinity and NaN leave nothing.
+inline F take_part(F& x) {
+    const F near = finite_bf16(x);
+    const Words difference = reinterpret_cast<Words>(sub(x, near)), none = difference ^ difference;
+    x = reinterpret_cast<F>((difference & 0x7fffffffu) > 0x7f800000u ? none : difference);
+    return near;
+}
+
+// 32 numbers as the sums of `parts` bfloat16 each, a line of a tile for each part.
 inline void take_apart(const float* x, int64_t parts, char* line, int64_t part_bytes) {
-    for (int i = 0; i < 32; i += 2 * W) {
-        F rest[2] = {load(x + i), load(x + i + W)};
+    for (int i = 0; i < kTileSide; i += W) {
+        F rest[2] = {load(x + i), load(x + kTileSide + i)};
         for (int64_t part = 0; part < parts; ++part) {
-            const F near[2] = {finite_bf16(rest[0]), finite_bf16(rest[1])};
-            store_upper_halves(line + part * part_bytes + i * 2, near[0], near[1]);
-            for (int half = 0; half < 2; ++half) {
-                const Words difference = reinterpret_cast<Words>(sub(rest[half], near[half]));
-                const Words none = difference ^ difference;
-                rest[half] = reinterpret_cast<F>((difference & 0x7fffffffu) > 0x7f800000u ? none : difference);
-            }
+            const F near[2] = {take_part(rest[0]), take_part(rest[1])};
+            store_upper_halves(line + part * part_bytes + i * 4, near[0], near[1]);
         }
     }
 }

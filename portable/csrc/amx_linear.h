@@ -5,11 +5,9 @@
 // rows x numbers: 64 x 128 2.0 TFLOP/s, 64 x 512 2.5, 128 x 512 2.35, but for inputs 3072 wide, which come from the third-level
 // cache once for all rows of a panel, 1.45, 1.5 and 1.9; other sizes between, and 512 tokens instead of 256 less.
 //
-// Prompts, and more than a few generated tokens where weights are integers. A few of those meet rows of weights as they are
-// (amx_rows.h): a tile takes as long for one token as for 16, and more for converting the weights than memory takes to bring
-// them. The bits are the same, as sums of integers are exact. Those of floats are not, so generated tokens meet floats
-// without tiles (products.h), however many there are: on an Emerald Rapids tiles gave one token 45 % of the speed (float16,
-// 124M; 32 of them 190 %).
+// That is for prompts, and for many generated tokens. Up to 32 of them meet floats as they come from memory (amx_streams.h), and
+// a few meet integers without tiles (amx_rows.h), to the same bits: a tile's sum of floats takes its steps in one order, and
+// sums of integers are exact.
 //
 // A sum takes its terms in one order, whatever is computed beside it: a step of 32 or 64 numbers after the other; in a step,
 // of floats, a weight's high half with the parts of the input, the smallest first, then its low half. Of integers the sum of
@@ -20,6 +18,7 @@
 #include "amx_inputs.h"
 #include "amx_products.h"
 #include "amx_rows.h"
+#include "amx_streams.h"
 #include "amx_tiles.h"
 #include "amx_weights.h"
 #include "kernels.h"
@@ -28,15 +27,20 @@
 
 namespace nvtripy_portable::ISA {
 
-constexpr int64_t kTileGeneratedRows = 32;  // of weights that meet generated tokens together: so much is asked for ahead
+constexpr int64_t kShallowDepth = 256;  // integers, and generated tokens: what is used again fits the first-level cache
 static_assert(kTileDepth % kInputBlock == 0 && kTileWeights % kTileSide == 0);
 
-// Which operations are prepared as this file and amx_rows.h want it. Not generated tokens with floats; nor float32 weights,
-// and scales of blocks where inputs stay floats.
-inline bool uses_tiles(const Linear& linear, Role role) {
+// Which operations are prepared as these files want it. Not float32 weights, nor int4 and scales of blocks where inputs stay
+// floats.
+inline bool uses_tiles(const Linear& linear) {
     const Matrix& weight = linear.weight;
     if (linear.integers) return weight.block % 32 == 0;
-    return role == Role::prompt && weight.dtype != Dtype::f32 && weight.dtype != Dtype::i4 && !weight.block;
+    return weight.dtype != Dtype::f32 && weight.dtype != Dtype::i4 && !weight.block;
+}
+
+// Of those: whether all the tokens of a role are so few that they meet rows.
+inline bool meets_rows(const Linear& linear, Role role, int64_t tokens) {
+    return linear.integers && role == Role::generated && tokens <= kRowTokens;
 }
 
 // sums = or += products of one tile, or 256 * those of the first + those of the second, times the columns' scales and, where
@@ -78,17 +82,17 @@ inline void add_integers(const TileWork& work, int64_t run, const float* row_sca
         for (int r = 0; r < kRows; ++r)
             for (int g = 0; g < kGroups; ++g)
                 add_scaled<kParts>(sums[2 * r + g], sums[2 * r + 1],
-                                   work.scales[group + g] + (work.first + start) / kInputBlock * kTokenGroup,
+                                   work.scales[group + g] + (work.panel.first + start) / kInputBlock * kTokenGroup,
                                    row_scales ? row_scales + start / run * kTileWeights + (rows + r) * kTileSide : nullptr,
-                                   work.sums_at(rows + r, group + g), work.first + start > 0);
+                                   work.sums_at(rows + r, group + g), work.panel.first + start > 0);
     };
-    for (int64_t start = 0; start < work.depth; start += run) {
+    for (int64_t start = 0; start < work.panel.depth; start += run) {
         each_sum<kRows, kColumns>([&]<int kTile>(int64_t, int64_t) __attribute__((always_inline)) { zero_tile<kTile>(); });
         for (int64_t k = start; k < start + run; k += 64) {
             const int64_t within = k % 64;  // 32: the second half of a tile
             load_rows<kRows>(work.panel.at(rows, k / 64, 0) + within,
                              work.panel.at(rows + kRows - 1, k / 64, 0) + within, kTileRowBytes);
-            load_columns<kColumns>(columns, (work.first + k) / 64 * kTileBytes + within / 4 * kTileRowBytes);
+            load_columns<kColumns>(columns, (work.panel.first + k) / 64 * kTileBytes + within / 4 * kTileRowBytes);
             add_products<kRows, kColumns, true>();
         }
         if (start > 0) scale(start - run);
@@ -96,19 +100,19 @@ inline void add_integers(const TileWork& work, int64_t run, const float* row_sca
             store_tile<kTile>(products[start / run % 2][kTile], kTileRowBytes);
         });
     }
-    scale(work.depth - run);
+    scale(work.panel.depth - run);
 }
 
 inline void add_integer_panel(const Matrix& weight, const TileWork& work, int64_t row_tiles, int64_t begin, int64_t end) {
     const int64_t run = run_of(weight);
     alignas(64) float scales[kTileDepth / 32 * kTileWeights];
     if (weight.block)
-        for (int64_t start = 0; start < work.depth; start += run)
+        for (int64_t start = 0; start < work.panel.depth; start += run)
             for (int64_t n = begin; n < begin + row_tiles * kTileSide; ++n) {
                 // Beyond the weight's end there is nothing to scale.
-                const bool is_there = n < end && work.first + start < weight.width;
+                const bool is_there = n < end && work.panel.first + start < weight.width;
                 scales[start / run * kTileWeights + n - begin] =
-                    is_there ? weight.scales[n * weight.scale_stride + (work.first + start) / weight.block] : 0.0f;
+                    is_there ? weight.scales[n * weight.scale_stride + (work.panel.first + start) / weight.block] : 0.0f;
             }
     const float* row_scales = weight.block ? scales : nullptr;
     if (work.parts == 2)
@@ -128,13 +132,13 @@ inline void add_panel(const Linear& linear, const TileWork& work, int64_t begin,
     else add_float_panel(work, sides_of(weight), row_tiles);
 }
 
-// y of `count` tokens of a group.
-//
 // Lines of memory that are going to be written have to be there first: they are asked for a group ahead.
 inline void ask_for_lines(const float* y, int64_t y_stride, int64_t count, int64_t rows) {
     for (int64_t t = 0; t < count; ++t)
         for (int64_t n = 0; n < rows; n += kTileSide) __builtin_prefetch(y + t * y_stride + n, 1);
 }
+
+// y of `count` tokens of a group.
 inline void write_sums(const Linear& linear, const TileWork& work, int64_t group, int64_t count, const float* token_scales,
                        int64_t begin, int64_t end, float* y, int64_t y_stride) {
     for (int64_t n = begin; n < end; n += kTileSide) {
@@ -154,38 +158,48 @@ inline void write_sums(const Linear& linear, const TileWork& work, int64_t group
     }
 }
 
-// Up to kTileWeights rows of weights and kPanelTokens tokens.
-inline void multiply_block(const Linear& linear, Role role, const TileInputs& inputs, TileWork& work, const float* prepared, int64_t first, int64_t count,
-                           int64_t begin, int64_t end, float* y, int64_t y_stride) {
+// All sums of up to kTileWeights rows, panel by panel of `depth` numbers.
+inline void add_panels(const Linear& linear, Role role, int64_t depth, TileWork& work, int64_t begin, int64_t end) {
+    // What memory is asked for meanwhile. For generated tokens: the next rows, in the order of the memory, as they are read from
+    // end to end. For prompts, whose next rows' turn comes much later: the next numbers of the same rows, or the first ones of
+    // the next rows.
     const Matrix& weight = linear.weight;
+    const int64_t row_bytes = weight.row_bytes(), rows = end - begin;
+    const auto* data = static_cast<const char*>(weight.data) + begin * row_bytes;
+    const char* ahead = data + larger(rows * row_bytes, bytes_ahead());
+    PanelTiles& panel = work.panel;
+    for (panel.first = 0; panel.first < weight.width; panel.first += panel.depth) {
+        panel.depth = smaller(depth, padded_width(weight.width) - panel.first);
+        work.goes_on = panel.first > 0;
+        const int64_t next = panel.first + panel.depth < weight.width ? panel.first + panel.depth : 0;
+        const int64_t asked = smaller(depth, weight.width - (role == Role::prompt ? next : panel.first));
+        const int64_t bytes = larger<int64_t>(row_bytes * asked / weight.width, 1);
+        for (int64_t r = 0; r < rows; ++r) {
+            if (role == Role::prompt) ahead = data + (next ? r : rows + r) * row_bytes + row_bytes * next / weight.width;
+            for (int64_t i = 0; i < bytes; i += 64) prefetch_later(ahead + i);
+            ahead += bytes;
+            fill_row(linear, begin + r, r, panel);
+        }
+        add_panel(linear, work, begin, end);
+    }
+}
+
+// Up to kTileWeights rows of weights and kPanelTokens tokens.
+inline void multiply_block(const Linear& linear, Role role, TileWork& work, const float* prepared, int64_t first, int64_t count,
+                           int64_t begin, int64_t end, float* y, int64_t y_stride) {
+    const TileInputs inputs = tile_inputs(linear);
     const int64_t first_group = first / kTokenGroup;
     work.groups = (count + kTokenGroup - 1) / kTokenGroup;
     for (int64_t group = 0; group < work.groups; ++group) {
         work.tiles[group] = reinterpret_cast<const char*>(prepared + inputs.tiles_at(first_group + group));
         work.scales[group] = prepared + inputs.scales_at(first_group + group);
     }
-    // What memory is asked for meanwhile. For generated tokens: the next rows, in the order of the memory, as they are read from
-    // end to end. For prompts, whose next rows' turn comes much later: the next numbers of the same rows, or the first ones of
-    // the next rows.
-    const int64_t row_bytes = weight.row_bytes();
-    const auto* rows = static_cast<const char*>(weight.data) + begin * row_bytes;
-    const char* ahead = rows + larger((end - begin) * row_bytes, bytes_ahead());
-    const auto bytes_of = [&](int64_t from) {
-        return larger<int64_t>(row_bytes * smaller(panel_depth(linear, from), weight.width - from) / weight.width, 1);
-    };
-    for (work.first = 0; work.first < weight.width; work.first += work.depth) {
-        work.depth = panel_depth(linear, work.first);
-        work.goes_on = work.first > 0;
-        const int64_t next = work.first + work.depth < weight.width ? work.first + work.depth : 0;
-        const int64_t bytes = bytes_of(role == Role::prompt ? next : work.first);
-        for (int64_t n = begin; n < end; ++n) {
-            if (role == Role::prompt)
-                ahead = rows + (next ? n - begin : n + end - 2 * begin) * row_bytes + row_bytes * next / weight.width;
-            for (int64_t i = 0; i < bytes; i += 64) prefetch_later(ahead + i);
-            ahead += bytes;
-            fill_row(linear, n, work.first, n - begin, work.panel);
-        }
-        add_panel(linear, work, begin, end);
+    if (role == Role::generated && !linear.integers && work.groups <= kStreamedGroups) {
+        stream_floats(linear.weight, work, begin, end - begin);
+    } else {
+        const int64_t depth = role == Role::prompt && !linear.integers ? kTileDepth : kShallowDepth;
+        work.panel.steps = depth / inputs.step_numbers;
+        add_panels(linear, role, depth, work, begin, end);
     }
     for (int64_t group = 0; group < work.groups; ++group) {
         ask_for_lines(y + (group + 1) * kTokenGroup * y_stride, y_stride,
@@ -196,29 +210,29 @@ inline void multiply_block(const Linear& linear, Role role, const TileInputs& in
 }
 
 inline int64_t prepared_floats_for_tiles(const Linear& linear, Role role, int64_t tokens) {
-    if (!uses_tiles(linear, role)) return prepared_floats(linear, role, tokens);
-    if (meets_rows(role, tokens)) return tokens * integer_row_floats(linear.stage.width);
+    if (!uses_tiles(linear)) return prepared_floats(linear, role, tokens);
+    if (meets_rows(linear, role, tokens)) return tokens * integer_row_floats(linear.stage.width);
     return (tokens + kTokenGroup - 1) / kTokenGroup * tile_inputs(linear).group_floats();
 }
 
 inline void prepare_for_tiles(const Linear& linear, Role role, const float* x, int64_t tokens, int64_t begin, int64_t end,
                               float* prepared, float* scratch) {
-    if (uses_tiles(linear, role)) {
-        if (meets_rows(role, tokens)) prepare_rows(linear, x, begin, end, prepared, scratch);
+    if (uses_tiles(linear)) {
+        if (meets_rows(linear, role, tokens)) prepare_rows(linear, x, begin, end, prepared, scratch);
         else prepare_tiles(linear, x, begin, end, prepared, scratch);
     } else prepare_tokens(linear, role, x, tokens, begin, end, prepared, scratch);
 }
 
 inline void multiply_with_tiles(const Linear& linear, Role role, const float* prepared, int64_t tokens, int64_t first,
                                 int64_t count, int64_t begin, int64_t end, float* y, int64_t y_stride, float* scratch) {
-    if (!uses_tiles(linear, role)) {
+    if (!uses_tiles(linear)) {
         const int64_t together = role == Role::prompt ? kPanelColumns : end - begin;
         for (int64_t n = begin; n < end; n += together)
             multiply(linear, role, prepared, tokens, first, count, n, smaller(n + together, end), y + (n - begin), y_stride,
                      scratch);
         return;
     }
-    if (meets_rows(role, tokens)) {
+    if (meets_rows(linear, role, tokens)) {
         multiply_rows(linear, prepared + first * integer_row_floats(linear.stage.width), count, begin, end, y, y_stride);
         return;
     }
@@ -226,14 +240,14 @@ inline void multiply_with_tiles(const Linear& linear, Role role, const float* pr
     const TileInputs inputs = tile_inputs(linear);
     work.parts = inputs.parts;
     work.part_bytes = inputs.part_bytes();
-    work.panel = {reinterpret_cast<char*>(scratch), kTileDepth / inputs.step_numbers, sides_of(linear.weight)};
+    work.panel = {reinterpret_cast<char*>(scratch), 0, sides_of(linear.weight), 0, 0};
     work.sums = scratch + kTileWeights * kTileDepth;
     const TileUse use(linear.integers && run_of(linear.weight) == 32 ? 32 : 64);
-    const int64_t together = role == Role::prompt ? kTileWeights : kTileGeneratedRows;
+    const int64_t together = role == Role::prompt ? kTileWeights : kStreamedRows;
     for (int64_t t = 0; t < count; t += kPanelTokens)
         for (int64_t n = begin; n < end; n += together)
-            multiply_block(linear, role, inputs, work, prepared, first + t, smaller(kPanelTokens, count - t), n,
-                           smaller(n + together, end), y + t * y_stride + (n - begin), y_stride);
+            multiply_block(linear, role, work, prepared, first + t, smaller(kPanelTokens, count - t), n, smaller(n + together, end),
+                           y + t * y_stride + (n - begin), y_stride);
 }
 
 }  // namespace nvtripy_portable::ISA

@@ -47,7 +47,6 @@ struct TileWork {
     PanelTiles panel;
     int parts;                             // of the inputs
     int64_t part_bytes;                    // from a part to the next one
-    int64_t first, depth;                  // the panel's first number, and how many there are
     bool goes_on;                          // sums are added to, or begin
     int64_t groups;
     const char* tiles[kGroupsTogether];    // each one's first
@@ -64,8 +63,8 @@ inline void add_floats(const TileWork& work, int64_t rows, int64_t group) {
         if (!work.goes_on) zero_tile<kTile>();
         else load_tile<kTile>(work.sums_at(rows + r, group + c), kTileRowBytes);
     });
-    for (int64_t step = 0; step < work.depth / 32; ++step) {
-        const int64_t offset = (work.first / 32 + step) * kTileBytes;
+    for (int64_t step = 0; step < work.panel.depth / 32; ++step) {
+        const int64_t offset = (work.panel.first / 32 + step) * kTileBytes;
         load_rows<kRows>(work.panel.at(rows, step, 0), work.panel.at(rows + kRows - 1, step, 0), kTileRowBytes);
 #pragma GCC unroll 3
         for (int part = kParts - 1; part >= 0; --part) {

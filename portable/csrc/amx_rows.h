@@ -15,9 +15,6 @@ namespace nvtripy_portable::ISA {
 
 constexpr int kRowTokens = 4;
 
-// Of operations that uses_tiles() takes: whether all the tokens of the role are so few that they meet rows.
-inline bool meets_rows(Role role, int64_t tokens) { return role == Role::generated && tokens <= kRowTokens; }
-
 inline void prepare_rows(const Linear& linear, const float* x, int64_t begin, int64_t end, float* prepared, float* scratch) {
     const int64_t width = linear.stage.width;
     for (int64_t t = begin; t < end; ++t) {

@@ -11,60 +11,58 @@
 
 namespace nvtripy_portable::ISA {
 
-// Float16 has 11 significant bits: rounded to 8 it is one bfloat16, what that leaves another. Everything else is one.
+// Float16 has 11 significant bits: the first 8 are one bfloat16, what they leave is another. Everything else is one.
 inline int sides_of(const Matrix& weight) { return weight.dtype == Dtype::f16 ? 2 : 1; }
 
-// Where a panel's tile lies: of 16 rows, of one step, high or low.
+// Some numbers of some rows, and where a tile of them lies: of 16 rows, of one step, high or low.
 struct PanelTiles {
     char* begin;
-    int64_t steps;  // in kTileDepth numbers
+    int64_t steps;         // that there is room for
     int sides;
+    int64_t first, depth;  // the first number of each row, and how many there are
     char* at(int64_t rows, int64_t step, int side) const {
         return begin + ((rows * steps + step) * sides + side) * kTileBytes;
     }
 };
 
-// Rounded to the nearest bfloat16, a half away from zero.
-inline F near_bf16(F x) { return reinterpret_cast<F>((reinterpret_cast<Words>(x) + 0x8000u) & 0xffff0000u); }
+// What a float32 leaves of itself when its upper half is taken away. Infinity leaves NaN.
+inline F without_upper_half(F x) { return sub(x, reinterpret_cast<F>(reinterpret_cast<Words>(x) & 0xffff0000u)); }
 
-// 32 numbers as a line of a tile, or of two. What is stored as 8 bits or less needs no second. An infinite float16 has NaN
-// there.
+// 32 numbers as a line of a tile, or of two. What is stored as 8 bits or less needs no second.
 template <class Numbers, int kSides>
 inline void fill_line(const typename Numbers::Stored* from, char* high, char* low) {
-    for (int i = 0; i < 32; i += 2 * W) {
-        const F numbers[2] = {Numbers::load(from + i), Numbers::load(from + i + W)};
-        if constexpr (kSides == 1) {
-            store_upper_halves(high + i * 2, numbers[0], numbers[1]);
-        } else {
-            const F near[2] = {near_bf16(numbers[0]), near_bf16(numbers[1])};
-            store_upper_halves(high + i * 2, near[0], near[1]);
-            store_upper_halves(low + i * 2, sub(numbers[0], near[0]), sub(numbers[1], near[1]));
-        }
+    for (int i = 0; i < kTileSide; i += W) {
+        const F numbers[2] = {Numbers::load(from + i), Numbers::load(from + kTileSide + i)};
+        store_upper_halves(high + i * 4, numbers[0], numbers[1]);
+        if constexpr (kSides == 2)
+            store_upper_halves(low + i * 4, without_upper_half(numbers[0]), without_upper_half(numbers[1]));
     }
 }
 template <>
-inline void fill_line<BF16, 1>(const uint16_t* from, char* high, char*) { std::memcpy(high, from, kTileRowBytes); }
-
-// How many numbers of a row, beyond its end zeros, are in the panel that begins with number `first`.
-inline int64_t panel_depth(const Linear& linear, int64_t first) {
-    return smaller(linear.integers ? kIntegerDepth : kTileDepth, padded_width(linear.weight.width) - first);
+inline void fill_line<BF16, 1>(const uint16_t* from, char* high, char*) {
+    uint16_t numbers[32];
+    for (int i = 0; i < kTileSide; ++i) {
+        numbers[2 * i] = from[i];
+        numbers[2 * i + 1] = from[kTileSide + i];
+    }
+    std::memcpy(high, numbers, sizeof numbers);
 }
 
-// panel_depth() numbers of a row, from number `first` on; `row` counts the panel's.
+// A panel's numbers of a row, beyond its end zeros; `row` counts the panel's.
 template <class Numbers, int kSides>
-inline void fill_float_row(const Linear& linear, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
+inline void fill_float_row(int64_t width, const uint8_t* data, int64_t row, const PanelTiles& to) {
     using Stored = typename Numbers::Stored;
-    const auto* from = reinterpret_cast<const Stored*>(data) + first;
-    const int64_t width = linear.weight.width, depth = panel_depth(linear, first);
+    const auto* from = reinterpret_cast<const Stored*>(data) + to.first;
+    const int64_t left = width - to.first;
     Stored part[kTileDepth];
-    if (width - first < depth) {
-        std::memcpy(part, from, static_cast<size_t>(width - first) * sizeof *part);
-        std::memset(part + (width - first), 0, static_cast<size_t>(depth - (width - first)) * sizeof *part);
+    if (left < to.depth) {
+        std::memcpy(part, from, static_cast<size_t>(left) * sizeof *part);
+        std::memset(part + left, 0, static_cast<size_t>(to.depth - left) * sizeof *part);
         from = part;
     }
     char* line = to.at(row / kTileSide, 0, 0) + row % kTileSide * kTileRowBytes;
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; k += 32, line += kSides * kTileBytes)
+    for (int64_t k = 0; k < to.depth; k += 32, line += kSides * kTileBytes)
         fill_line<Numbers, kSides>(from + k, line, line + kTileBytes);
 }
 
@@ -83,13 +81,12 @@ inline void unpack_runs(const uint8_t* packed, int8_t* const (&lines)[2]) {
 }
 
 // As fill_float_row.
-inline void fill_integer_row(const Linear& linear, const uint8_t* data, int64_t first, int64_t row, const PanelTiles& to) {
-    const Matrix& weight = linear.weight;
+inline void fill_integer_row(const Matrix& weight, const uint8_t* data, int64_t row, const PanelTiles& to) {
     const bool int4 = weight.dtype == Dtype::i4;
     const int64_t block_bytes = int4 ? kInputBlock / 2 : kInputBlock;
-    int64_t left = weight.row_bytes() - (int4 ? first / 2 : first);
+    int64_t left = weight.row_bytes() - (int4 ? to.first / 2 : to.first);
     const uint8_t* from = data + weight.row_bytes() - left;
-    for (int64_t block = 0; block < panel_depth(linear, first) / kInputBlock; ++block) {
+    for (int64_t block = 0; block < to.depth / kInputBlock; ++block) {
         uint8_t part[kInputBlock];
         if (left < block_bytes) {
             std::memset(part, 0, sizeof part);
@@ -111,20 +108,20 @@ inline void fill_integer_row(const Linear& linear, const uint8_t* data, int64_t 
     }
 }
 
-inline void fill_row(const Linear& linear, int64_t n, int64_t first, int64_t row, const PanelTiles& to) {
+inline void fill_row(const Linear& linear, int64_t n, int64_t row, const PanelTiles& to) {
     const Matrix& weight = linear.weight;
     const auto* data = static_cast<const uint8_t*>(weight.data) + n * weight.row_bytes();
     if (linear.integers) {
-        fill_integer_row(linear, data, first, row, to);
+        fill_integer_row(weight, data, row, to);
         return;
     }
     switch (weight.dtype) {
-        case Dtype::f16: fill_float_row<F16, 2>(linear, data, first, row, to); break;
-        case Dtype::bf16: fill_float_row<BF16, 1>(linear, data, first, row, to); break;
-        case Dtype::i8: fill_float_row<I8, 1>(linear, data, first, row, to); break;
+        case Dtype::f16: fill_float_row<F16, 2>(weight.width, data, row, to); break;
+        case Dtype::bf16: fill_float_row<BF16, 1>(weight.width, data, row, to); break;
+        case Dtype::i8: fill_float_row<I8, 1>(weight.width, data, row, to); break;
         default:
-            if (weight.has_nan) fill_float_row<F8WithNaN, 1>(linear, data, first, row, to);
-            else fill_float_row<F8, 1>(linear, data, first, row, to);
+            if (weight.has_nan) fill_float_row<F8WithNaN, 1>(weight.width, data, row, to);
+            else fill_float_row<F8, 1>(weight.width, data, row, to);
             break;
     }
 }

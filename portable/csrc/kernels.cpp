@@ -20,7 +20,7 @@ namespace nvtripy_portable::ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
 #if ISA_TILES
-    ISA_TILES == 2 ? "amx-emulated" : ISA_STRING(ISA), kTokenGroup, kTileGeneratedRows, kTileWeights, norm,
+    ISA_TILES == 2 ? "amx-emulated" : ISA_STRING(ISA), kTokenGroup, kStreamedRows, kTileWeights, norm,
     prepared_floats_for_tiles, prepare_for_tiles, multiply_with_tiles, finish,
 #else
     ISA_STRING(ISA), kPreparedTogether, kRowGroup, kPanelColumns, norm, prepared_floats, prepare_tokens, multiply, finish,
