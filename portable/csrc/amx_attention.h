@@ -46,8 +46,8 @@ struct Softmaxes {
     int32_t begin[kTileSide], end[kTileSide];  // the keys that each sees
 };
 
-// Makes weights of the scores of kKeyTile keys, from number `first` on, and tells the softmaxes about them. `score(key)` is the
-// place of 16. Where kAll, all keys are seen by all queries.
+// Makes weights of the scores of kKeyTile keys, from number `first` on, and tells the softmaxes about them. `score(key)` is
+// where those of 16 queries stand. Where kAll, all keys are seen by all queries.
 template <bool kAll, class Score>
 inline void weigh_group(const Score& score, int64_t first, float score_scale, Softmaxes& softmaxes) {
     const F lowest = set1(-__builtin_inff()), scale = set1(score_scale);
@@ -59,7 +59,7 @@ inline void weigh_group(const Score& score, int64_t first, float score_scale, So
             if constexpr (kAll) return x;
             const int32_t number = static_cast<int32_t>(first + key);
             return reinterpret_cast<F>(((begin <= number) & (number < end)) ? reinterpret_cast<Integers>(x)
-                                                                      : reinterpret_cast<Integers>(otherwise));
+                                                                            : reinterpret_cast<Integers>(otherwise));
         };
         const F old = load(softmaxes.largest + q), old_total = load(softmaxes.totals + q);
         F largest = old;

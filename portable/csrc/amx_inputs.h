@@ -7,10 +7,10 @@
 //
 // How many parts. Three, and two where inputs are declared to have 16 bits: what is left out is at most 2^-16 of a term. So it
 // is where inputs meet float16 weights, which are two bfloat16 themselves, w = high + low: of the six products the largest
-// three are taken, high * x0, high * x1, low * x0. What is left out is
-// at most 2^-16 of a term for low * x1 and for high * x2, each. Such inputs are declared float16, which rounds to 2^-11, and
-// their keys and values are kept in it: the program may keep more, but need not. GPT-2 124M's logits after a prompt of 100
-// tokens change by 2e-5 of their spread, where they deviate by 6e-4 from float32's either way.
+// three are taken, high * x0, high * x1, low * x0. What is left out is at most 2^-16 of a term for low * x1 and for high * x2,
+// each. Such inputs are declared float16, which rounds to 2^-11, and their keys and values are kept in it: the program may
+// keep more, but need not. GPT-2 124M's logits after a prompt of 100 tokens change by 2e-5 of their spread, where they deviate
+// by 6e-4 from float32's either way.
 //
 // Inputs that were rounded to int8 or E4M3 are exact in one part, and their scale is applied to the sums.
 #pragma once
@@ -63,11 +63,10 @@ inline int64_t run_of(const Matrix& weight) {
 }
 
 typedef int32_t Integers __attribute__((vector_size(sizeof(F))));
-
 typedef uint32_t Words __attribute__((vector_size(sizeof(F))));
 
-// The upper halves of 2W float32, bfloat16 where the lower ones are zeros or not wanted, as W pairs of a line of a tile. In
-// all lines of floats, of weights and of inputs, number i of a step stands beside number i + 16: that costs the least to make.
+// The upper halves of 2W float32, bfloat16 where the lower ones are zeros or not wanted, as W pairs of a line of a tile. In all
+// lines of floats, of weights and of inputs, number i of a step stands beside number i + 16: that costs the least to make.
 inline void store_upper_halves(char* to, F first, F second) {
     const Words low = reinterpret_cast<Words>(first) >> 16;
 #if ISA_NUMBER(ISA) == 3

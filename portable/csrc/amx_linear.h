@@ -5,9 +5,8 @@
 // rows x numbers: 64 x 128 2.0 TFLOP/s, 64 x 512 2.5, 128 x 512 2.35, but for inputs 3072 wide, which come from the third-level
 // cache once for all rows of a panel, 1.45, 1.5 and 1.9; other sizes between, and 512 tokens instead of 256 less.
 //
-// That is for prompts, and for many generated tokens. Up to 32 of them meet floats as they come from memory (amx_streams.h), and
-// a few meet integers without tiles (amx_rows.h), to the same bits: a tile's sum of floats takes its steps in one order, and
-// sums of integers are exact.
+// That is for prompts, and for many generated tokens that meet integers. A few of those do so without tiles (amx_rows.h), to the
+// same bits, as sums of integers are exact: a tile takes as long for one token as for 16.
 //
 // A sum takes its terms in one order, whatever is computed beside it: a step of 32 or 64 numbers after the other; in a step,
 // of floats, a weight's high half with the parts of the input, the smallest first, then its low half. Of integers the sum of
@@ -31,10 +30,14 @@ constexpr int64_t kShallowDepth = 256;  // integers, and generated tokens: what 
 static_assert(kTileDepth % kInputBlock == 0 && kTileWeights % kTileSide == 0);
 
 // Which operations are prepared as these files want it. Not float32 weights, nor int4 and scales of blocks where inputs stay
-// floats.
-inline bool uses_tiles(const Linear& linear) {
+// floats. A tile's sum of floats has an order that vectors cannot take as fast, so generated tokens meet floats in one way or
+// in the other, however many they are: without tiles (products.h), which is faster for one to four of them; or, with kBatch,
+// in tiles (amx_streams.h).
+template <bool kBatch>
+inline bool uses_tiles(const Linear& linear, Role role) {
     const Matrix& weight = linear.weight;
     if (linear.integers) return weight.block % 32 == 0;
+    if (role == Role::generated && !kBatch) return false;
     return weight.dtype != Dtype::f32 && weight.dtype != Dtype::i4 && !weight.block;
 }
 
@@ -209,23 +212,26 @@ inline void multiply_block(const Linear& linear, Role role, TileWork& work, cons
     }
 }
 
+template <bool kBatch>
 inline int64_t prepared_floats_for_tiles(const Linear& linear, Role role, int64_t tokens) {
-    if (!uses_tiles(linear)) return prepared_floats(linear, role, tokens);
+    if (!uses_tiles<kBatch>(linear, role)) return prepared_floats(linear, role, tokens);
     if (meets_rows(linear, role, tokens)) return tokens * integer_row_floats(linear.stage.width);
     return (tokens + kTokenGroup - 1) / kTokenGroup * tile_inputs(linear).group_floats();
 }
 
+template <bool kBatch>
 inline void prepare_for_tiles(const Linear& linear, Role role, const float* x, int64_t tokens, int64_t begin, int64_t end,
                               float* prepared, float* scratch) {
-    if (uses_tiles(linear)) {
+    if (uses_tiles<kBatch>(linear, role)) {
         if (meets_rows(linear, role, tokens)) prepare_rows(linear, x, begin, end, prepared, scratch);
         else prepare_tiles(linear, x, begin, end, prepared, scratch);
     } else prepare_tokens(linear, role, x, tokens, begin, end, prepared, scratch);
 }
 
+template <bool kBatch>
 inline void multiply_with_tiles(const Linear& linear, Role role, const float* prepared, int64_t tokens, int64_t first,
                                 int64_t count, int64_t begin, int64_t end, float* y, int64_t y_stride, float* scratch) {
-    if (!uses_tiles(linear)) {
+    if (!uses_tiles<kBatch>(linear, role)) {
         const int64_t together = role == Role::prompt ? kPanelColumns : end - begin;
         for (int64_t n = begin; n < end; n += together)
             multiply(linear, role, prepared, tokens, first, count, n, smaller(n + together, end), y + (n - begin), y_stride,

@@ -2,11 +2,11 @@
 // at a time, and sums stay in their tiles from a row's beginning to its end. While the tiles of a step are multiplied, the
 // numbers of the next one are converted: one after the other would take as long as both.
 //
-// On an Emerald Rapids (float16, 124M) 16 tokens have 1.9 times the speed that vectors give, 32 have 2.2, and one has 0.7 to 0.8:
-// converting takes two thirds of the time in which memory answers, and only a part of it is hidden. Four tiles of rows instead of
-// two, two steps ahead instead of one, and a step's products between thirds of the next one's numbers were no faster; weights
-// asked for with T0 instead of T1 half as fast. Products of one token without tiles, to the same bits, were slower, too: a
-// tile's order of summing wants 16 rows side by side, and turning them costs more than the products.
+// On an Emerald Rapids (float16, 124M) 16 tokens have 1.9 times the speed that vectors give, 32 have 2.1, four have 0.8 and one
+// has 0.7: converting takes two thirds of the time in which memory answers, and only a part of it is hidden. Four tiles of
+// rows instead of two, two steps ahead instead of one, and a step's products between thirds of the next one's numbers were no
+// faster; weights asked for with T0 instead of T1 half as fast. One token without tiles, to a tile's bits, was no faster than
+// this: a tile's order of summing wants 16 rows side by side, and turning them costs more than the products.
 #pragma once
 
 #include "amx_inputs.h"

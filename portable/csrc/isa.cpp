@@ -13,7 +13,7 @@ struct Choice {
     const char* name;
     const Kernels* kernels;
     bool (*is_supported)();
-    bool is_emulated = false;  // runs everywhere, and is chosen by its name only
+    bool by_name_only = false;
 };
 
 #if defined(NVTRIPY_PORTABLE_X86)
@@ -28,6 +28,9 @@ const Choice kChoices[] = {
 #if defined(NVTRIPY_PORTABLE_X86)
 #if defined(NVTRIPY_PORTABLE_AMX)
     {"amx", &amx::kernels, [] { return has_avx512() && may_use_amx(); }},
+#endif
+#if defined(NVTRIPY_PORTABLE_AMX)
+    {"amx-batch", &amx::batch_kernels, [] { return has_avx512() && may_use_amx(); }, true},
 #endif
     {"avx512", &avx512::kernels, has_avx512},
     {"avx2", &avx2::kernels,
@@ -47,10 +50,10 @@ const Choice kChoices[] = {
     {"amx-emulated", &amx_emulated::kernels, [] { return true; }, true},
 };
 
-std::vector<std::string> supported(bool emulated_too) {
+std::vector<std::string> supported(bool named_too) {
     std::vector<std::string> names;
     for (const Choice& choice : kChoices)
-        if ((emulated_too || !choice.is_emulated) && choice.is_supported()) names.push_back(choice.name);
+        if ((named_too || !choice.by_name_only) && choice.is_supported()) names.push_back(choice.name);
     return names;
 }
 
@@ -62,7 +65,7 @@ std::vector<std::string> testable_isas() { return supported(true); }
 const Kernels& kernels_for(const std::string& name) {
     std::string known;
     for (const Choice& choice : kChoices) {
-        if ((name.empty() || name == choice.name) && choice.is_supported()) return *choice.kernels;
+        if ((name.empty() ? !choice.by_name_only : name == choice.name) && choice.is_supported()) return *choice.kernels;
         if (name == choice.name)
             throw std::invalid_argument("NVTRIPY_PORTABLE_ISA asks for " + name + ", which this CPU does not have");
         known += (known.empty() ? "" : ", ") + std::string(choice.name);

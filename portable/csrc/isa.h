@@ -11,7 +11,7 @@ namespace nvtripy_portable {
 // Names of the instruction sets that are compiled in and that this CPU has, the best first.
 std::vector<std::string> available_isas();
 
-// The same, and those that plain code stands in for: nobody would choose them, but tests do.
+// The same, and those that are chosen by their names only: amx-batch, and what plain code stands in for.
 std::vector<std::string> testable_isas();
 
 // The kernels for `name`, or for the best instruction set if it is empty. Throws std::invalid_argument.

@@ -214,7 +214,7 @@ constexpr int64_t kFewHeads = 4;
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
-namespace amx { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels, batch_kernels; }
 namespace amx_emulated { extern const Kernels kernels; }
 namespace neon { extern const Kernels kernels; }
 namespace dotprod { extern const Kernels kernels; }

@@ -76,7 +76,7 @@ def threads() -> object:
     native.set_threads(before)
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if "emulated" in name else ()) for name in ISAS])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in ISAS])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("NVTRIPY_PORTABLE_ISA", request.param)
     return request.param
