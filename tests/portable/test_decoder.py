@@ -173,7 +173,8 @@ def test_the_same_bits_in_any_company(isa: str, variant: str) -> None:
 @pytest.mark.parametrize(
     ("company", "variant"),
     [
-        (company, variant)
+        # Those blocks are no kernel's strength: with many sequences they take a quarter of a minute.
+        pytest.param(company, variant, marks=pytest.mark.slow if variant == "i4 in blocks of 6" and company > 5 else ())
         for company in (2, 3, 5, 16, 33, 64)
         for variant in VARIANTS
         if company in (3, 33) or not shape_of(variant).is_llama
