@@ -55,7 +55,23 @@ struct TileWork {
     float* sums_at(int64_t rows, int64_t group) const { return sums + (rows * groups + group) * kTileFloats; }
 };
 
-// Adds a panel's floats. Tiles of one part, or parts one by one.
+// Adds a step's 32 numbers, in the one order in which tiles add floats: a weight's high half with the parts of the input, the
+// smallest first, then its low half. `tile(row, side)` is a tile of weights; the columns' tiles are `offset` bytes on.
+template <int kRows, int kColumns, int kSides, int kParts, class Tile>
+inline void add_step(const Tile& tile, const char* const (&columns)[2], int64_t offset, int64_t part_bytes) {
+    load_rows<kRows>(tile(0, 0), tile(kRows - 1, 0), kTileRowBytes);
+#pragma GCC unroll 3
+    for (int part = kParts - 1; part >= 0; --part) {
+        load_columns<kColumns>(columns, offset + part * part_bytes);
+        add_products<kRows, kColumns, false>();
+    }
+    if constexpr (kSides == 2) {
+        load_rows<kRows>(tile(0, 1), tile(kRows - 1, 1), kTileRowBytes);
+        add_products<kRows, kColumns, false>();
+    }
+}
+
+// Adds a panel's floats.
 template <int kRows, int kColumns, int kSides, int kParts>
 inline void add_floats(const TileWork& work, int64_t rows, int64_t group) {
     const char* const columns[2] = {work.tiles[group], work.tiles[group + kColumns - 1]};
@@ -64,17 +80,8 @@ inline void add_floats(const TileWork& work, int64_t rows, int64_t group) {
         else load_tile<kTile>(work.sums_at(rows + r, group + c), kTileRowBytes);
     });
     for (int64_t step = 0; step < work.panel.depth / 32; ++step) {
-        const int64_t offset = (work.panel.first / 32 + step) * kTileBytes;
-        load_rows<kRows>(work.panel.at(rows, step, 0), work.panel.at(rows + kRows - 1, step, 0), kTileRowBytes);
-#pragma GCC unroll 3
-        for (int part = kParts - 1; part >= 0; --part) {
-            load_columns<kColumns>(columns, offset + part * work.part_bytes);
-            add_products<kRows, kColumns, false>();
-        }
-        if constexpr (kSides == 2) {
-            load_rows<kRows>(work.panel.at(rows, step, 1), work.panel.at(rows + kRows - 1, step, 1), kTileRowBytes);
-            add_products<kRows, kColumns, false>();
-        }
+        add_step<kRows, kColumns, kSides, kParts>([&](int row, int side) { return work.panel.at(rows + row, step, side); }, columns,
+                                                  (work.panel.first / 32 + step) * kTileBytes, work.part_bytes);
     }
     each_sum<kRows, kColumns>([&]<int kTile>(int64_t r, int64_t c) __attribute__((always_inline)) {
         store_tile<kTile>(work.sums_at(rows + r, group + c), kTileRowBytes);

@@ -64,16 +64,8 @@ inline void stream_tiles(const Matrix& weight, const TileWork& work, int64_t beg
     const int64_t steps = padded_width(width) / 32;
     fill(0);
     for (int64_t step = 0; step < steps; ++step) {
-        load_rows<kRows>(tile(step, 0, 0), tile(step, 1, 0), kTileRowBytes);
-#pragma GCC unroll 3
-        for (int part = kParts - 1; part >= 0; --part) {
-            load_columns<kGroups>(columns, part * work.part_bytes + step * kTileBytes);
-            add_products<kRows, kGroups, false>();
-        }
-        if constexpr (kSides == 2) {
-            load_rows<kRows>(tile(step, 0, 1), tile(step, 1, 1), kTileRowBytes);
-            add_products<kRows, kGroups, false>();
-        }
+        add_step<kRows, kGroups, kSides, kParts>([&](int row, int side) { return tile(step, row, side); }, columns,
+                                                 step * kTileBytes, work.part_bytes);
         if (step + 1 < steps) fill(step + 1);
     }
     each_sum<kRows, kGroups>([&]<int kTile>(int64_t r, int64_t c) __attribute__((always_inline)) {
