@@ -35,6 +35,7 @@ PASSES = (
     linear.run,
     layer_norm.run,
     rotary.run,
+    fold_constants.run_waves,
     attention.run,
     prompt_rows.run,
     embedding.run,

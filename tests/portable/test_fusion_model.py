@@ -222,16 +222,24 @@ def small() -> GPT:
 
 
 @pytest.mark.parametrize(
-    ("is_quantized", "batch", "tokens"),
+    ("model", "batch", "tokens"),
     [
-        (False, 1, 1),
-        (True, 2, 4),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 1, 4), (False, 2, 1), (False, 2, 4)]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(True, 1, 1), (True, 1, 4), (True, 2, 1)]),
+        ("gpt2", 1, 1),
+        ("int8", 2, 4),
+        ("llama", 2, 5),
+        *(pytest.param("gpt2", *case, marks=pytest.mark.slow) for case in [(1, 4), (2, 1), (2, 4)]),
+        *(pytest.param("int8", *case, marks=pytest.mark.slow) for case in [(1, 1), (1, 4), (2, 1)]),
+        *(
+            pytest.param(relative, *case, marks=pytest.mark.slow)
+            for relative in RELATIVES
+            for case in [(1, 1), (1, 5), (2, 2)]
+        ),
     ],
 )
-def test_a_fixed_number_of_tokens(is_quantized: bool, batch: int, tokens: int) -> None:
-    gpt = random_model(GPTConfig(**ARCHITECTURE, **FULL_INT8, dtype="float32")) if is_quantized else small()
+def test_a_fixed_number_of_tokens(model: str, batch: int, tokens: int) -> None:
+    """Positions are constants then, and what is computed of nothing else."""
+    options = {"gpt2": {}, "int8": FULL_INT8, **RELATIVES}[model]
+    gpt = random_model(GPTConfig(**ARCHITECTURE | {"dtype": "float32"} | options)) if options else small()
     idx = prompts(gpt.config, tokens)[:batch]
     fused, plain = stateless(gpt, tokens, batch)
     assert kinds_in_order(fused) == expected(gpt.config, has_last=False), fused
@@ -243,6 +251,12 @@ def test_a_fixed_number_of_tokens(is_quantized: bool, batch: int, tokens: int) -
     cache = np.random.default_rng(2).standard_normal(gpt.config.cache_shape(batch)).astype(np.float32)
     position, last = np.array([7, 3], np.int32)[:batch], np.full(batch, tokens - 1, np.int32)
     assert_close(fused, plain, [idx, position, cache, last])
+
+
+def test_more_tokens_than_angles_are_folded_for() -> None:
+    gpt = random_model(GPTConfig(**ARCHITECTURE | LLAMA | {"n_layer": 1, "n_embd": 512, "dtype": "float32"}))
+    fused, _ = stateless(gpt, 3000, 1)  # 3000 x 128 angles take 1.5 MB
+    assert "attention" in kinds_in_order(fused) and "unary" not in kinds_in_order(fused), fused
 
 
 def test_any_number_of_sequences() -> None:

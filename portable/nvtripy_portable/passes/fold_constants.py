@@ -1,7 +1,8 @@
 """What can be computed at compile time is: operations on constants, and shapes that turn out to be plain numbers.
 
 A result that would take more memory than its operands (a broadcast, say) is left to run time once it is large, and a
-``dequantize`` always is: its operand is the small form that the weights are meant to be kept in.
+``dequantize`` always is: its operand is the small form that the weights are meant to be kept in. Cosines and sines wait
+for :mod:`rotary <nvtripy_portable.passes.rotary>`, which can tell positions from angles, but not from these.
 """
 
 from __future__ import annotations
@@ -24,12 +25,29 @@ def run(graph: Graph) -> None:
     operations: list[Operation] = []
     for operation in graph.operations:
         infer_results(operation)
-        values = _known_contents(operation) or _compute(operation)
-        if values is None:
-            operations.append(operation)
-        else:
-            operations.extend(map(_constant, operation.results, values, [operation.location] * len(values)))
+        values = _known_contents(operation)
+        if values is None and not _is_wave(operation):
+            values = _compute(operation)
+        operations.extend(_folded(operation, values))
     graph.operations = operations
+
+
+def run_waves(graph: Graph) -> None:
+    """The cosines and sines that nothing was made of, and what follows from them."""
+    graph.operations = [each for operation in graph.operations for each in _folded(operation, _compute(operation))]
+
+
+def _is_wave(operation: Operation) -> bool:
+    return operation.kind == "unary" and operation.attributes["operation"] in ("kCOS", "kSIN")
+
+
+def _folded(operation: Operation, values: list[np.ndarray] | None) -> list[Operation]:
+    """The operation, or constants in its place."""
+    if values is None:
+        return [operation]
+    return [
+        _constant(result, value, operation.location) for result, value in zip(operation.results, values, strict=True)
+    ]
 
 
 def _constant(result: Value, value: np.ndarray, location: str) -> Operation:

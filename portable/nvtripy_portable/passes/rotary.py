@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from nvtripy_portable.dims import Dim
 from nvtripy_portable.elements import Elements, start_of
-from nvtripy_portable.graph import Graph, Operation
+from nvtripy_portable.graph import Graph, Operation, Value
 from nvtripy_portable.rewrite import (
     FLOATS,
     Any,
     Bound,
     Cast,
     Constant,
+    Either,
     Op,
     Rule,
     apply,
@@ -27,25 +29,41 @@ def run(graph: Graph) -> None:
 
 
 def _rotary(bound: Bound, elements: Elements) -> list[Operation] | None:
-    x, positions = bound.values["x"], bound.values["positions"]
+    x = bound.values["x"]
     result = bound.operations["turn"].results[0]
     if x.type.rank != 4 or x.type.shape != result.type.shape or x.type.dtype not in FLOATS:
         return None
     batch, length, _, size = x.type.shape
-    if bound.operations["gather"].attributes["axis"] != 3 or positions.type.rank != 4:
+    if bound.operations["gather"].attributes["axis"] != 3:
         return None
-    if positions.type.shape[1:] != (length, 1, 1) or positions.type.shape[0] not in (1, batch):
+    found: tuple[Value | None] | None
+    if "angles" in bound.values:
+        found, steps = (None,), _steps_from_zero(bound.constant("angles"), (length, size))
+    elif "one" in bound.values:
+        found, steps = (None,), _steps_from_zero(bound.constant("one") * bound.constant("other"), (length, size))
+    else:
+        positions, steps = bound.values["positions"], bound.constant("steps").reshape(-1)
+        if positions.type.shape[1:] != (length, 1, 1) or positions.type.shape[0] not in (1, batch):
+            return None
+        found = start_of(positions, (batch, length), elements)
+    if found is None or steps is None:
         return None
-    steps, signs, partners = (bound.constant(name).reshape(-1) for name in ("steps", "signs", "partners"))
+    signs, partners = (bound.constant(name).reshape(-1) for name in ("signs", "partners"))
     frequencies = _frequencies(steps, signs, partners, size)
     if frequencies is None:
-        return None
-    found = start_of(positions, (batch, length), elements)
-    if found is None:
         return None
     operand = constant(frequencies)
     attributes = {"dtype": result.type.dtype}
     return [operand, Operation("rotary", [x, found[0], operand.results[0]], attributes, [])]
+
+
+def _steps_from_zero(angles: np.ndarray, shape: tuple[Dim, Dim]) -> np.ndarray | None:
+    """The frequencies (D,) of which ``angles``, (1, T, 1, D), are the multiples 0 to T - 1."""
+    if angles.ndim != 4 or angles.shape[::2] != (1, 1) or angles.shape[1::2] != shape or angles.dtype != np.float32:
+        return None
+    steps = angles[0, min(1, len(angles[0]) - 1), 0]
+    multiples = np.arange(len(angles[0]), dtype=np.float32)[:, np.newaxis] * steps
+    return steps if np.array_equal(angles[0, :, 0], multiples) else None
 
 
 def _frequencies(steps: np.ndarray, signs: np.ndarray, partners: np.ndarray, size: object) -> np.ndarray | None:
@@ -75,7 +93,11 @@ def _output_cast(bound: Bound) -> list[Operation] | None:
 
 
 _X = Cast(Any("x"))
-_ANGLES = binary("kPROD", Op("cast", Any("positions"), dtype="f32"), Constant("steps"))
+_ANGLES = Either(
+    binary("kPROD", Op("cast", Any("positions"), dtype="f32"), Constant("steps")),
+    Constant("angles"),  # where T is known when it is compiled
+    binary("kPROD", Constant("one"), Constant("other")),  # and where they are too many to be computed then
+)
 _COS = Op("unary", _ANGLES, operation="kCOS")
 _SIN = binary("kPROD", Op("unary", _ANGLES, operation="kSIN"), Constant("signs"))
 _PARTNERS = Op("gather", _X, Constant("partners"), num_broadcast_dims=0)
