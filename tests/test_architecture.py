@@ -164,6 +164,7 @@ PROGRAMS = (
     "picture",
     "machine",
     "text_file",
+    "whole_file",
     "command_line",
     "interrupt",
 )
