@@ -52,9 +52,9 @@ class _BindingsFinder:
             )
         if fullname == "tensorrt" and _imported_by("nvtripy.frontend.ops.plugin_qdp"):
             raise ImportError(
-                "quickly deployable plug-ins need NVIDIA's tensorrt package: expected `import tensorrt` to succeed, but "
-                "it is not installed. The portable runtime runs plug-ins that nvtripy_portable.plugins.register gives a "
-                "meaning; they are called with output_info.",
+                "quickly deployable plug-ins need NVIDIA's tensorrt package: expected `import tensorrt` to succeed, "
+                "but it is not installed. The portable runtime runs plug-ins that are called with output_info, and to "
+                "which nvtripy_portable.plugins.register gives a meaning.",
                 name="tensorrt",
             )
         return None

@@ -30,7 +30,7 @@ class Field:
     """What a plug-in takes beside its inputs.
 
     Args:
-        type: One of ``FIELD_TYPES``: "int32", "float32", ..., "text" for a string, "dims" for sizes, any number of them.
+        type: One of ``FIELD_TYPES``: "int32", "float32", ..., "text" for a string, "dims" for any number of sizes.
         length: How many values; 0 for any number. With a length other than 1 a function gets a tuple.
         default: The value where none is given; without it, one has to be.
     """
@@ -141,8 +141,8 @@ def register(
         inputs: How many there are, the least and the greatest number, or None for any.
         outputs: How many there are.
         row_wise: That row i of each output depends on nothing but row i of each input, rows being all dimensions but
-            the last: a decoder may then pack any rows. True: all inputs have rows; or the numbers of those that do, where
-            the others (weights, say) are whole. A native function gets inputs and outputs with rows as (rows, width).
+            the last: a decoder may then pack any rows. True: all inputs have rows; or the numbers of those that do,
+            where the others (weights, say) are whole. A native function gets what has rows as (rows, width).
         has_effects: That a call does more than compute its outputs: it is kept where nobody reads them, and calls stay
             in order. (nvtripy traces back from what a function returns: what is to be called must be part of that.)
         context: An address that the native function is given, of something that stays where it is.
