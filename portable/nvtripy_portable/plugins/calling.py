@@ -147,7 +147,7 @@ def _call_native(
 ) -> list[np.ndarray]:
     assert plugin.native is not None
     arrays = [np.ascontiguousarray(each).reshape(each.shape) for each in inputs]
-    results = [np.empty(type.shape, DTYPES[type.dtype]) for type in expected]
+    results = [np.empty(tuple(map(int, type.shape)), DTYPES[type.dtype]) for type in expected]  # type: ignore[arg-type]
     outputs = results
     if plugin.rows:
         arrays = [as_rows(each) if plugin.has_rows(number) else each for number, each in enumerate(arrays)]

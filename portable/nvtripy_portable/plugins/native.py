@@ -107,12 +107,9 @@ class Native:
             path, symbol = function
             function = ctypes.CDLL(os.fspath(path))[symbol]
             owner = os.fspath(path)  # what was loaded stays loaded
-        try:
-            address = ctypes.cast(function, ctypes.c_void_p).value
-        except ctypes.ArgumentError:
-            address = None
-        if not address:
+        if not isinstance(function, ctypes._CFuncPtr) or not function:
             raise TypeError(f"expected a function pointer of ctypes, or a path and a symbol, but got {function!r}")
+        address = ctypes.cast(function, ctypes.c_void_p).value or 0
         return Native(address, context, owner)
 
     def call(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], fields: Sequence[Described]) -> None:
