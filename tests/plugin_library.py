@@ -53,7 +53,7 @@ int gelu(const NvtripyPortableCall* call) {
 
 // (rows, width) with weight and bias (width,); epsilon is a field.
 int layer_norm(const NvtripyPortableCall* call) {
-    if (call->num_inputs != 3 || call->inputs[0].rank != 2 || call->inputs[1].rank != 1) return fail(call, "expected rows");
+    if (call->inputs[0].rank != 2 || call->inputs[1].rank != 1) return fail(call, "expected rows");
     const int64_t rows = call->inputs[0].shape[0], width = call->inputs[0].shape[1];
     for (int64_t r = 0; r < rows; ++r) {
         const float* x = input(call, 0) + r * width;
@@ -62,7 +62,8 @@ int layer_norm(const NvtripyPortableCall* call) {
         mean /= static_cast<float>(width);
         for (int64_t i = 0; i < width; ++i) variance += (x[i] - mean) * (x[i] - mean);
         const float by = 1 / std::sqrt(variance / width + static_cast<float>(nvtripy_portable_number(call, "epsilon")));
-        for (int64_t i = 0; i < width; ++i) output(call, 0)[r * width + i] = (x[i] - mean) * by * input(call, 1)[i] + input(call, 2)[i];
+        float* y = output(call, 0) + r * width;
+        for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * by * input(call, 1)[i] + input(call, 2)[i];
     }
     return 0;
 }
@@ -107,9 +108,11 @@ int describe(const NvtripyPortableCall* call) {
     for (int32_t f = 0; f < call->num_fields; ++f) {
         const NvtripyPortableField& field = call->fields[f];
         put("%s:", field.name);
+        const auto* integers = static_cast<const int64_t*>(field.values);
+        const auto* numbers = static_cast<const double*>(field.values);
         for (int64_t i = 0; i < field.count && field.type != NVTRIPY_PORTABLE_TEXT; ++i)
-            if (field.type == NVTRIPY_PORTABLE_INTEGERS) put(" %d", static_cast<int>(static_cast<const int64_t*>(field.values)[i]));
-            else put(" %.2f", static_cast<const double*>(field.values)[i]);
+            if (field.type == NVTRIPY_PORTABLE_INTEGERS) put(" %d", static_cast<int>(integers[i]));
+            else put(" %.2f", numbers[i]);
         if (field.type == NVTRIPY_PORTABLE_TEXT) put(" %s", nvtripy_portable_text(call, field.name));
         put("; ");
     }
@@ -133,7 +136,8 @@ int means(const NvtripyPortableCall* call) {
         for (int64_t i = 0; i < shape[2]; ++i) {
             float sum = 0;
             for (int64_t t = 0; t < shape[1]; ++t) sum += input(call, 0)[(b * shape[1] + t) * shape[2] + i];
-            for (int64_t t = 0; t < shape[1]; ++t) output(call, 0)[(b * shape[1] + t) * shape[2] + i] = sum / static_cast<float>(shape[1]);
+            const float mean = sum / static_cast<float>(shape[1]);
+            for (int64_t t = 0; t < shape[1]; ++t) output(call, 0)[(b * shape[1] + t) * shape[2] + i] = mean;
         }
     return 0;
 }

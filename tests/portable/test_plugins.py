@@ -166,11 +166,11 @@ def test_shapes_that_are_refused() -> None:
         return x
 
     plugins.register("Even", compute=lambda x: x, shapes=shapes)
-    with pytest.raises(tp.TripyException, match="'Even'.*expected an even width but got 3"):
+    with pytest.raises(tp.TripyException, match=r"'Even'.*expected an even width but got 3"):
         compiled("Even", shape=(2, 3))
     dynamic = compiled("Even", shape=(2, (1, 2, 8)))
     np.testing.assert_array_equal(array(dynamic(on_device(X[:, :2].copy()))), X[:, :2])
-    with pytest.raises(tp.TripyException, match="'Even'.*expected an even width but got 3"):
+    with pytest.raises(tp.TripyException, match=r"'Even'.*expected an even width but got 3"):
         dynamic(on_device(X))
 
 
@@ -209,14 +209,14 @@ def test_one_name_has_one_meaning() -> None:
 
     plugins.register("Twice", compute=twice)
     plugins.register("Twice", compute=twice)  # the same again
-    with pytest.raises(ValueError, match="'Twice' .* is registered with another meaning; replace=True"):
+    with pytest.raises(ValueError, match=r"'Twice' .* is registered with another meaning; replace=True"):
         plugins.register("Twice", compute=lambda x: 3 * x)
     executable = compiled("Twice")
     np.testing.assert_array_equal(array(executable(on_device(X))), 2 * X)
     plugins.register("Twice", compute=lambda x: 3 * x, replace=True)
     np.testing.assert_array_equal(array(executable(on_device(X))), np.float32(3) * X)
     plugins.unregister("Twice")
-    with pytest.raises(tp.TripyException, match="'Twice' .* is not registered"):
+    with pytest.raises(tp.TripyException, match=r"'Twice' .* is not registered"):
         executable(on_device(X))
     with pytest.raises(PluginError, match="is not registered"):
         plugins.unregister("Twice")
