@@ -190,6 +190,25 @@ def test_errors_without_a_text_and_python_functions(library: Path, is_native: bo
     assert len(calls) == 1
 
 
+def test_effects_stay_in_order(is_native: bool) -> None:
+    """Whatever is made of what stands between and after them."""
+    seen: list[str] = []
+    signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+    functions = {each: signature(lambda call, each=each: seen.append(each) or 0) for each in ("Send", "Receive", "Sum")}
+    for name, function in functions.items():
+        plugins.register(name, native=function, row_wise=True, has_effects=True)
+    weight = tp.Tensor(np.eye(32, dtype=np.float32))
+
+    def model(x: tp.Tensor) -> tp.Tensor:
+        hidden = call("Receive", call("Send", x) @ weight)
+        return tp.cast(tp.cast(call("Sum", hidden @ weight) + x, tp.float16), tp.float32)
+
+    executable = compiled(model)
+    for _ in range(2):
+        run(executable)
+    assert seen == ["Send", "Receive", "Sum"] * 2
+
+
 def test_the_reference_stands_in_where_no_program_can_be(library: Path) -> None:
     """With both functions the native one runs in programs, the other elsewhere."""
     calls = []

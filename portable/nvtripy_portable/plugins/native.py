@@ -107,7 +107,7 @@ class Native:
             path, symbol = function
             function = ctypes.CDLL(os.fspath(path))[symbol]
             owner = os.fspath(path)  # what was loaded stays loaded
-        if not isinstance(function, ctypes._CFuncPtr) or not function:
+        if not isinstance(function, ctypes._CFuncPtr) or not function:  # type: ignore[attr-defined]
             raise TypeError(f"expected a function pointer of ctypes, or a path and a symbol, but got {function!r}")
         address = ctypes.cast(function, ctypes.c_void_p).value or 0
         return Native(address, context, owner)
