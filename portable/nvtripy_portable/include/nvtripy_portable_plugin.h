@@ -2,7 +2,7 @@
  *
  * The function gets one call: its tensors, its fields and a pointer of whoever registered it. It writes the outputs, whose
  * shapes are known already, and returns 0; or it writes a text into `message` and returns anything else. It may be called from
- * any thread, though never twice at a time; it must neither change an input nor keep a pointer, and must not call the
+ * any thread, though never twice at a time; it must neither change an input nor keep a pointer, nor throw, nor call the
  * runtime, but for `each`.
  *
  *     int twice(const NvtripyPortableCall* call) {
@@ -75,7 +75,7 @@ typedef struct NvtripyPortableCall {
     char* message; /* room for the text of an error */
     size_t message_size;
     /* Calls work(unit, argument) for every unit from 0 to units - 1, on all threads of the runtime, and returns when all are
-     * done. A result must not depend on which thread does what. */
+     * done. A result must not depend on which thread does what, and work must not call it again. */
     void (*each)(const struct NvtripyPortableCall* call, int64_t units, void (*work)(int64_t unit, void* argument),
                  void* argument);
     void* runtime; /* for `each` */
