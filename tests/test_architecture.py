@@ -179,6 +179,7 @@ SURFACE = {
     "nvtripy_portable.decoder.Decoder",
     "nvtripy_portable.decoder.Piece",
     "nvtripy_portable.decoder.Rows",
+    "nvtripy_portable.plugins",
     "nvtripy_portable.pages.PagePool",
     "nvtripy_portable.pages.PagesExhausted",
     "nvtripy_portable.unchanging.never_changes",
@@ -206,6 +207,7 @@ ROOMS = (
     "verify",
     "shape_inference",
     "fused",
+    "plugins",
     "reference",
     "graph",
     "packing",
@@ -215,7 +217,7 @@ ROOMS = (
 #: The rooms that know the compiled module.
 COMPILED = {"cpu": "_native", "sampling": "_native"}
 #: Outside the house: they make `import nvtripy` find it, and import none of its rooms.
-DOOR = ("__init__", "__main__", "importing", "stack_info")
+DOOR = ("__init__", "__main__", "importing", "plugin_tracing", "stack_info")
 
 #: What `mlir_tensorrt` means within the bindings.
 ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}

@@ -1,8 +1,9 @@
 """What can be computed at compile time is: operations on constants, and shapes that turn out to be plain numbers.
 
-A result that would take more memory than its operands (a broadcast, say) is left to run time once it is large, and a
-``dequantize`` always is: its operand is the small form that the weights are meant to be kept in. Cosines and sines wait
-for :mod:`rotary <nvtripy_portable.passes.rotary>`, which can tell positions from angles, but not from these.
+A result that would take more memory than its operands (a broadcast, say) is left to run time once it is large. So is a
+``dequantize`` always, as its operand is the small form that the weights are meant to be kept in, and a plug-in, which
+may do anything. Cosines and sines wait for :mod:`rotary <nvtripy_portable.passes.rotary>`, which can tell positions
+from angles, but not from these.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _known_contents(operation: Operation) -> list[np.ndarray] | None:
 
 def _compute(operation: Operation) -> list[np.ndarray] | None:
     """The results of an operation on constants."""
-    if operation.kind in ("constant", "dequantize"):
+    if operation.kind in ("constant", "dequantize", "plugin"):
         return None
     present = [operand for operand in operation.operands if operand is not None]
     if any(operand.constant is None for operand in present):
