@@ -25,9 +25,7 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +38,7 @@ import numpy as np
 import command_line
 from command_line import UsageError
 from conversion import PARAMETER_DTYPES, numpy_dtype
+from output_folder import in_bytes, written_beside
 
 PROGRAM = "random_checkpoint.py"
 DEVIATION = 0.02
@@ -279,34 +278,14 @@ def write(shape: Shape, folder: Path, dtype: str = "float32", seed: int = 0, sha
     Raises:
         UsageError: there is something at `folder`, or too little space on its disk.
     """
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise UsageError(f"expected --output to be a folder that is not there yet, but {folder} is")
-    beside = folder.absolute().parent
-    made = [path for path in (beside, *beside.parents) if not path.exists()]
-    itemsize = numpy_dtype(dtype).itemsize
-    size = sum(tensor.count for tensor in tensors(shape)) * itemsize
-    free = shutil.disk_usage(made[-1].parent if made else beside).free
-    if size > free:
-        raise UsageError(f"the checkpoint takes {_bytes(size)}, but at {beside} there are {_bytes(free)} free")
-    beside.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside))
-    try:
-        scratch.chmod(0o755)  # mkdtemp makes it for its owner alone
+    size = sum(tensor.count for tensor in tensors(shape)) * numpy_dtype(dtype).itemsize
+    with written_beside(folder, size, "--output") as scratch:
         _write_weights(shape, scratch, dtype, seed, shard_bytes, size)
         for name, content in (
             ("config.json", config(shape, dtype)),
             ("generation_config.json", _generation(config(shape, dtype))),
         ):
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for path in made:
-            try:
-                path.rmdir()
-            except OSError:  # it is not empty, nor are those above it
-                break
-        raise
 
 
 def _generation(config: dict[str, Any]) -> dict[str, Any]:
@@ -385,11 +364,6 @@ def _draw(count: int, deviation: float | None, place: tuple[int, int, int], dtyp
     values = random.standard_normal(count, np.float32)
     values *= np.float32(deviation)
     return values.astype(numpy_dtype(dtype), copy=False).view(np.uint8)
-
-
-def _bytes(count: int) -> str:
-    unit, size = next((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= size)
-    return f"{count / size:,.1f} {unit}"
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -472,7 +446,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     write(shape, options.output, options.dtype, options.seed, int(options.shard_gb * 1e9))
     count = sum(tensor.count for tensor in tensors(shape))
     size = count * numpy_dtype(options.dtype).itemsize
-    command_line.report(f"{options.output}: {count:,} parameters in {options.dtype}, {_bytes(size)}")
+    command_line.report(f"{options.output}: {count:,} parameters in {options.dtype}, {in_bytes(size)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ scales. What is wrong with a number raises `ValueError` with a text that names t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,46 @@ def plain(parameter: Parameter, read: Read, dtype: np.dtype[Any]) -> np.ndarray:
     parts = [convert(piece.name, read(piece.name), dtype, piece.is_transposed) for piece in parameter.pieces]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, parameter.axis)
     return joined if parameter.order is None else joined[parameter.order]
+
+
+class Unread:
+    """A parameter that is not quantized, as stored numbers: an index of slices reads those rows and columns alone."""
+
+    def __init__(self, parameter: Parameter, read: Read) -> None:
+        self.shape = parameter.shape
+        self._parameter, self._read = parameter, read
+
+    def __getitem__(self, index: EllipsisType | slice | tuple[slice, ...]) -> np.ndarray:
+        parameter, axis = self._parameter, self._parameter.axis
+        given = () if index is ... else index if isinstance(index, tuple) else (index,)
+        wanted = [*given, *[slice(None)] * (len(self.shape) - len(given))]
+        first, last, _ = wanted[axis].indices(self.shape[axis])
+        if parameter.order is not None:  # which rows of the pieces, one after the other
+            places = parameter.order[first:last]
+        parts, begin = [], 0
+        for piece in parameter.pieces:
+            end = begin + piece.shape[axis]
+            if parameter.order is not None:
+                inside = (places >= begin) & (places < end)
+                wanted[axis] = places[inside] - begin
+            else:
+                low, high = max(first, begin), min(last, end)
+                inside, wanted[axis] = low < high, slice(low - begin, high - begin)
+            begin = end
+            if np.any(inside):
+                stored = self._read(piece.name)
+                values = (stored.T if piece.is_transposed else stored)[tuple(wanted)]
+                parts.append((inside, values))
+        if not parts:
+            wanted[axis] = slice(0)
+            stored = self._read(parameter.pieces[0].name)
+            return (stored.T if parameter.pieces[0].is_transposed else stored)[tuple(wanted)]
+        if parameter.order is None:
+            return parts[0][1] if len(parts) == 1 else np.concatenate([values for _, values in parts], axis)
+        result = np.empty((last - first, *parts[0][1].shape[1:]), parts[0][1].dtype)
+        for inside, values in parts:
+            result[inside] = values
+        return result
 
 
 def taken_apart(parameter: Parameter, values: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -127,6 +168,12 @@ def unpacked(stored: np.ndarray, rows: int) -> np.ndarray:
     numbers[0::2] = (stored << 4).view(np.int8) >> 4
     numbers[1::2] = stored.view(np.int8) >> 4
     return numbers[:rows]
+
+
+def packed(numbers: np.ndarray) -> np.ndarray:
+    """What `unpacked` gives back: (rows, in) int8 from -8 to 7 → (half of the rows, in) uint8, an odd row with zeros."""
+    numbers = np.pad(numbers, ((0, len(numbers) % 2), (0, 0)))
+    return (numbers[0::2].view(np.uint8) & 0x0F) | (numbers[1::2].view(np.uint8) << 4)
 
 
 def has_small_scales(names: Collection[str], read: Read, dtype: np.dtype[Any]) -> bool:
