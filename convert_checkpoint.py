@@ -22,16 +22,15 @@ import sys
 from collections.abc import Sequence
 
 import command_line
-from command_line import EMBEDDED_CHECKPOINT, UsageError
+from command_line import EMBEDDED_CHECKPOINT
 from conversion import PARAMETER_DTYPES
+from converting.arguments import add_arguments, mapping_of
 from converting.ranks import ConversionError, planned, write
 from converting.weight_only import BITS
 from output_folder import in_bytes
-from parallelism.mapping import Mapping
 from weight_loader import CheckpointError, open_checkpoint
 
 PROGRAM = "convert_checkpoint.py"
-MOST_RANKS = 1024
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--output-dir", metavar="DIR", type=command_line.path, required=True, help="a folder to be made"
     )
-    add_mapping_arguments(parser)
+    add_arguments(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", *PARAMETER_DTYPES),
@@ -66,36 +65,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "stays as it is",
     )
     return parser.parse_args(arguments)
-
-
-def add_mapping_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say how ranks share a model: `mapping_of` reads them."""
-    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="ranks that share each layer (default: 1)")
-    parser.add_argument("--pp-size", type=int, default=1, metavar="N", help="stages of layers (default: 1)")
-    parser.add_argument(
-        "--use-parallel-embedding", action="store_true", help="the ranks of the first stage share the embeddings, too"
-    )
-    parser.add_argument(
-        "--embedding-sharding-dim",
-        type=int,
-        choices=(0, 1),
-        help="along which dimension: 0, rows, padded with zeros where they do not divide; 1, columns (default: 0)",
-    )
-
-
-def mapping_of(options: argparse.Namespace) -> Mapping:
-    """What `add_mapping_arguments` were given.
-
-    Raises:
-        UsageError: a value out of its range, or a dimension without what it is for.
-    """
-    command_line.check_range(options, tp_size=(1, MOST_RANKS), pp_size=(1, MOST_RANKS))
-    if options.tp_size * options.pp_size > MOST_RANKS:
-        raise UsageError(f"expected at most {MOST_RANKS} ranks but got {options.tp_size * options.pp_size}")
-    if options.embedding_sharding_dim is not None and not options.use_parallel_embedding:
-        raise UsageError("expected --embedding-sharding-dim with --use-parallel-embedding only but got it without")
-    dimension = (options.embedding_sharding_dim or 0) if options.use_parallel_embedding else None
-    return Mapping(options.tp_size, options.pp_size, embedding_sharding_dim=dimension)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

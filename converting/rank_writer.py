@@ -132,9 +132,9 @@ class RankWriter:
             written += self._put(rank, part, place.offset + at * place.row_bytes)
         return written
 
-    def _put(self, rank: int, content: bytes | np.ndarray, offset: int) -> int:
+    def _put(self, rank: int, content: bytes | memoryview | np.ndarray, offset: int) -> int:
         if isinstance(content, np.ndarray):
-            content = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data  # type: ignore[assignment]
+            content = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data.cast("B")
         view = memoryview(content)
         size = len(view)
         while view:

@@ -36,36 +36,32 @@ class Unread:
         self._parameter, self._read = parameter, read
 
     def __getitem__(self, index: EllipsisType | slice | tuple[slice, ...]) -> np.ndarray:
-        parameter, axis = self._parameter, self._parameter.axis
+        axis, order = self._parameter.axis, self._parameter.order
         given = () if index is ... else index if isinstance(index, tuple) else (index,)
-        wanted = [*given, *[slice(None)] * (len(self.shape) - len(given))]
+        wanted: list[Any] = [*given, *[slice(None)] * (len(self.shape) - len(given))]
         first, last, _ = wanted[axis].indices(self.shape[axis])
-        if parameter.order is not None:  # which rows of the pieces, one after the other
-            places = parameter.order[first:last]
-        parts, begin = [], 0
-        for piece in parameter.pieces:
-            end = begin + piece.shape[axis]
-            if parameter.order is not None:
-                inside = (places >= begin) & (places < end)
-                wanted[axis] = places[inside] - begin
-            else:
-                low, high = max(first, begin), min(last, end)
-                inside, wanted[axis] = low < high, slice(low - begin, high - begin)
-            begin = end
-            if np.any(inside):
-                stored = self._read(piece.name)
-                values = (stored.T if piece.is_transposed else stored)[tuple(wanted)]
-                parts.append((inside, values))
-        if not parts:
-            wanted[axis] = slice(0)
-            stored = self._read(parameter.pieces[0].name)
-            return (stored.T if parameter.pieces[0].is_transposed else stored)[tuple(wanted)]
-        if parameter.order is None:
-            return parts[0][1] if len(parts) == 1 else np.concatenate([values for _, values in parts], axis)
-        result = np.empty((last - first, *parts[0][1].shape[1:]), parts[0][1].dtype)
-        for inside, values in parts:
-            result[inside] = values
+        if order is None:
+            parts = [values for _, values in self._pieces(wanted, np.arange(first, last))]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+        found = list(self._pieces(wanted, order[first:last]))
+        result = np.empty((last - first, *found[0][1].shape[1:]), found[0][1].dtype)
+        for are_here, values in found:
+            result[are_here] = values
         return result
+
+    def _pieces(self, wanted: list[Any], places: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What each stored tensor has of these places along their common axis: which of them, and their values."""
+        axis, begin = self._parameter.axis, 0
+        for number, piece in enumerate(self._parameter.pieces):
+            are_here = (places >= begin) & (places < begin + piece.shape[axis])
+            if are_here.any() or (number == 0 and not len(places)):
+                rows: Any = places[are_here] - begin
+                if (np.diff(rows) == 1).all():  # one after the other: a view
+                    rows = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+                stored = self._read(piece.name)
+                values = stored.T if piece.is_transposed else stored
+                yield are_here, values[(*wanted[:axis], rows, *wanted[axis + 1 :])]
+            begin += piece.shape[axis]
 
 
 def taken_apart(parameter: Parameter, values: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -171,7 +167,7 @@ def unpacked(stored: np.ndarray, rows: int) -> np.ndarray:
 
 
 def packed(numbers: np.ndarray) -> np.ndarray:
-    """What `unpacked` gives back: (rows, in) int8 from -8 to 7 → (half of the rows, in) uint8, an odd row with zeros."""
+    """What `unpacked` gives back: (rows, in) int8 from -8 to 7 → (rows / 2, in) uint8, an odd row with zeros."""
     numbers = np.pad(numbers, ((0, len(numbers) % 2), (0, 0)))
     return (numbers[0::2].view(np.uint8) & 0x0F) | (numbers[1::2].view(np.uint8) << 4)
 

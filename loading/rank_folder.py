@@ -129,7 +129,7 @@ class RankFolder:
         return Stored(dtype, whole.shape)
 
     def _is_in_blocks(self, whole: Whole) -> bool:
-        """Whether it is the scales of a weight in int4, which are one for each block and even row in ModelOpt's layout."""
+        """Whether it is the scales of a weight in int4: one for each block of each row in ModelOpt's layout."""
         return whole.kind == "weight_scale" and self._config.quant_mode == "int4-weight-only"
 
     def _blocks(self, whole: Whole) -> int:

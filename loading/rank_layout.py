@@ -1,4 +1,4 @@
-"""What the files of a checkpoint in TensorRT-LLM's format hold: the whole model's tensors, and each rank's part of them.
+"""What the files of a checkpoint in TensorRT-LLM's format hold: a model's tensors, and each rank's part of them.
 
     config.json           families/tensorrt_llm.py; `mapping` says how many ranks of either kind there are
     rank0.safetensors     the tensors of rank 0, layers numbered from 0 in each stage
@@ -115,18 +115,18 @@ def wholes(config: CheckpointConfig, algorithm: Algorithm, has_head_copy: bool) 
     """
     for parameter in parameters(config, layout_of(config), has_conv1d=False):
         begin = 0
+        layer, _, kind = parameter.name.rpartition(".")
         for piece in parameter.pieces:
-            layer, kind = parameter.name.rpartition(".")[0], parameter.name.rpartition(".")[2]
             yield from _tensors(config, algorithm, layer, kind, piece.module, piece.shape, begin)
             begin += piece.shape[0]
     if config.tie_word_embeddings and has_head_copy:
         shape = (config.vocab_size, config.n_embd)
         yield from _tensors(config, algorithm, "lm_head", "weight", "lm_head", shape, 0)
     if config.kv_cache_dtype is not None:
-        for layer in range(config.n_layer):
-            for kind in ("k_scale", "v_scale"):
-                module, _, stored = LAYOUT.cache_scale.format(layer, kind[0]).rpartition(".")
-                yield Whole(module, kind, stored, f"h.{layer}.attn.{kind}", 0, (1,), FLOATS)
+        for number in range(config.n_layer):
+            for which in ("k", "v"):
+                module, _, kind = LAYOUT.cache_scale.format(number, which).rpartition(".")
+                yield Whole(module, kind, kind, f"h.{number}.attn.{which}_scale", 0, (1,), FLOATS)
 
 
 def held(wholes: list[Whole], config: CheckpointConfig, mapping: Mapping) -> Iterator[Whole]:

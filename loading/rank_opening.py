@@ -114,7 +114,7 @@ def _quantization(
 
 
 def _block(inner: Settings, config: CheckpointConfig, mapping: Mapping, has_blocks: bool) -> int:
-    """Input features that share a scale. Where all of a row do, the largest block that divides what a rank has of it."""
+    """Input features that share a scale. Where all of a row do: the largest block that divides any rank's."""
     widths = (config.n_embd, config.query_width // mapping.tp_size, config.n_inner // mapping.tp_size)
     if not has_blocks:
         return max(1, math.gcd(*widths))

@@ -1,7 +1,7 @@
 """How each parameter of model.py's GPT is shared by the ranks of tensor parallelism, there and back.
 
-Megatron's way (Shoeybi et al. 2019, arXiv:1909.08053), as TensorRT-LLM lays it out: of a pair of linear layers the first
-is split by its outputs (column parallel), the second by its inputs (row parallel), so that one sum over the ranks
+Megatron's way (Shoeybi et al. 2019, arXiv:1909.08053), as TensorRT-LLM lays it out: of a pair of linear layers the
+first is split by its outputs (column parallel), the second by its inputs (row parallel), so that one sum over the ranks
 follows them, and nothing stands between them.
 
     ================  =========================================================================================

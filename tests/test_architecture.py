@@ -21,6 +21,7 @@ PORTABLE = ROOT / "portable" / "nvtripy_portable"
 PROGRAMS = (
     "random_checkpoint",
     "convert_checkpoint",
+    "converting.arguments",
     "converting.ranks",
     "converting.weight_only",
     "converting.rank_writer",

@@ -11,8 +11,8 @@ Linear weights are (out, in), Q, K and V one matrix. A gated MLP is `mlp.proj(ac
 weights are what it multiplies by: where others add 1, it has been added. A tied head is stored a second time, unless
 `share_embedding_table` is true.
 
-Fields of our own, where these classes have no word for what a model is, are HuggingFace's: `tie_word_embeddings`,
-`sliding_window` (there an option at run time), `scale_attn_by_inverse_layer_idx`; and `norm`, "rms" in a GPTForCausalLM.
+Where these classes have no word for what a model is, fields have HuggingFace's names: `tie_word_embeddings`,
+`sliding_window` (there an option at run time), `scale_attn_by_inverse_layer_idx`; or ours: `gated_mlp`, `norm`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _window(given: Settings) -> int | None:
     return None if size is None or size >= n_positions else size
 
 
-def _rotary(given: Settings, head_size: int) -> dict[str, float]:
+def _rotary(given: Settings, head_size: int) -> dict[str, Any]:
     scaling = given.values.get("rotary_scaling")
     factor = 1.0
     if scaling is not None:
