@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion import PARAMETER_DTYPES, numpy_dtype
+from conversion import PARAMETER_DTYPES, convert, numpy_dtype
 from loading import modelopt_layout, numbers
 from loading.containers.tensors import Stored
 from loading.errors import CheckpointError, listed
@@ -20,6 +20,8 @@ from loading.fingerprint import content_pieces
 from loading.modelopt_layout import DESCRIPTION_FILE, Spec
 from loading.opening import open_path
 from loading.table import Parameter, parameters
+from parallelism.mapping import Mapping
+from parallelism.splitting import part_of
 
 
 class Checkpoint:
@@ -145,6 +147,50 @@ class Checkpoint:
                         name = self.layout.cache_scale.format(layer, which)
                         scale = numbers.cache_scale(name, config, self._read, scaled_target)
                         yield f"h.{layer}.attn.{which}_scale", scale
+
+    def rank_parameters(self, dtype: str, mapping: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield a rank's part of every parameter that its stage has, by the whole model's names, in their order.
+
+        Of what is not quantized nothing else is read from the files. A tied head that is more than the rank's part of
+        the embedding (`Mapping.shares_embedding`) comes last in the last stage, as "lm_head.weight".
+
+        Raises:
+            CheckpointError: as `parameters` does, or the model cannot be shared so.
+            ValueError: another `dtype`.
+        """
+        if dtype not in PARAMETER_DTYPES:
+            raise ValueError(f"expected dtype to be one of {', '.join(PARAMETER_DTYPES)}, got {dtype!r}")
+        with self._named():
+            mapping.check(self.config)
+            if self.config.quant_mode is not None or self.config.kv_cache_dtype is not None:
+                for name, array in self.parameters(dtype):
+                    if mapping.is_of_stage(name, self.config.n_layer):
+                        yield name, np.ascontiguousarray(part_of(name, array, self.config, mapping))
+                return
+            heads = []
+            if self.config.tie_word_embeddings and not mapping.shares_embedding(self.config):
+                self._check_tied_head()
+                [embedding] = (each for each in self._parameters if each.name == "wte.weight")
+                heads = [replace(embedding, name="lm_head.weight")]
+            for parameter in [*self._parameters, *heads]:
+                if mapping.is_of_stage(parameter.name, self.config.n_layer):
+                    part = part_of(parameter.name, numbers.Unread(parameter, self._read), self.config, mapping)
+                    kind = "float32" if parameter.is_norm else dtype
+                    yield parameter.name, convert(parameter.name, part, numpy_dtype(kind))
+
+    def norms(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the parameters of norms, in float32, as `parameters` does."""
+        with self._named():
+            for parameter in self._parameters:
+                if parameter.is_norm:
+                    yield parameter.name, numbers.plain(parameter, self._read, numpy_dtype("float32"))
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type of `PARAMETER_DTYPES` that loses nothing of the embedding as it is stored."""
+        kinds = {"F16": "float16", "BF16": "bfloat16"}
+        header = self._tensors.tensors[self._stored_names[f"{self.layout.table['wte'].names[0]}.weight"]]
+        return kinds.get(header.dtype, "float32")
 
     def _in_order(self) -> list[Parameter]:
         """The parameters; a head that is quantized and stored beside the embedding that it shared is one of its own."""
