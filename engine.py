@@ -102,6 +102,11 @@ class Engine:
             self._prompts_there: dict[str, tp.Tensor] = {}
             self._dtype = config.tripy_dtype
 
+    @property
+    def decoder(self) -> Decoder | None:
+        """What takes the engine's steps; None where NVIDIA's runtime does."""
+        return self._decoder
+
     def paged(self, page_tokens: int, pages: int) -> Decoder | None:
         """A decoder of the same model with a pool of its own, for any number of sequences; None where NVIDIA's runtime
         runs the model, whose sequences are ``batch`` rows."""
@@ -169,13 +174,27 @@ def _to_host(tensor: tp.Tensor) -> np.ndarray:
         return np.from_dlpack(tp.copy(tensor, tp.device("cpu")))
 
 
-def config_of(checkpoint: Checkpoint, dtype: str) -> GPTConfig:
-    """The model's configuration for a checkpoint, computed in ``dtype``."""
+def config_of(checkpoint: Checkpoint, dtype: str, mapping: Mapping | None = None) -> GPTConfig:
+    """The model's configuration for a checkpoint, computed in ``dtype``; of one rank, where several share the model.
+
+    Raises:
+        CheckpointError: they cannot share it so.
+    """
+    found, shared = checkpoint.config, {}
+    if mapping is not None and mapping.tp_size > 1:
+        try:
+            mapping.check(found)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from None
+        found = mapping.local(found)
+        shared = {"tp_size": mapping.tp_size, "tp_rank": mapping.tp_rank}
+        shared |= {"embedding_sharding_dim": mapping.embedding_sharding_dim}
     names = GPTConfig.__dataclass_fields__
     return GPTConfig(
-        **{name: value for name, value in asdict(checkpoint.config).items() if name in names},
+        **{name: value for name, value in asdict(found).items() if name in names},
         dtype=dtype,
         float32_scales=checkpoint.needs_float32_scales(dtype),
+        **shared,
     )
 
 

@@ -6,9 +6,13 @@ and there is one place where each setting shows. Half precision with float32 nor
 sequences whose keys and values are in ``cache`` and returns the cache with the new ones written into it. The cache is a
 plain input and output of static shape, so TensorRT compiles it as it is.
 
+Processes may share a model (tensor parallelism, Shoeybi et al. 2019): each rank has some of the heads and of the MLP, and
+two sums over the ranks stand in a layer, as calls of TensorRT-LLM's plug-ins. A rank's model is a smaller one, whose
+sizes are its own: H, G and F below.
+
 Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D,
 which read G key-value heads (G = H in GPT-2; R = H / G heads share one), F the MLP's width, V the vocabulary, L layers,
-S adapters and none.
+S adapters and none, P ranks.
 
 Parameters are named as in HuggingFace's GPT-2, whatever the family; linear weights are (out_features, in_features),
 except that weights quantized in blocks are (in_features, out_features): nvtripy's blocks run along the first dimension,
@@ -70,6 +74,9 @@ class GPTConfig:
     adapters: int = 0  # how many adapters (LoRA) there is room for, of which each sequence has one, or none
     adapter_ranks: tuple[int, ...] = (0, 0, 0, 0)  # their ranks for each of ADAPTED; 0: they leave it as it is
     prompt_rows: int = 0  # virtual tokens (prompt tuning), whose ids come after the vocabulary's
+    tp_size: int = 1  # ranks that share the model: n_head, n_kv_head and n_inner are what one of them has
+    tp_rank: int = 0  # which one this is
+    embedding_sharding_dim: int | None = None  # ranks share embeddings by 0: rows, 1: columns; None: each has them whole
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -121,6 +128,16 @@ class GPTConfig:
             )
         if self.prompt_rows < 0:
             raise ValueError(f"expected prompt_rows to be at least 0 but got {self.prompt_rows}")
+        if not 0 <= self.tp_rank < self.tp_size:
+            raise ValueError(f"expected tp_rank to be from 0 to tp_size - 1 but got {self.tp_rank} of {self.tp_size}")
+        if self.embedding_sharding_dim not in (None, 0, 1):
+            raise ValueError(f"expected embedding_sharding_dim to be 0 or 1 but got {self.embedding_sharding_dim}")
+        if self.embedding_sharding_dim == 1 and self.n_embd % self.tp_size:
+            raise ValueError(f"expected tp_size to divide n_embd but got {self.tp_size} for a width of {self.n_embd}")
+        if self.tp_size > 1 and (self.adapters or self.prompt_rows):
+            raise ValueError("expected no adapters and no prompt_rows in a model that ranks share")
+        if self.tp_size > 1 and self.embedding_is_head and self.embedding_sharding_dim != 0:
+            raise ValueError("expected embedding_sharding_dim 0 where ranks share an embedding that is the quantized head")
         has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
         if has_table and self.quant_mode != "int8-weight-only":
             raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
@@ -186,13 +203,24 @@ class GPTConfig:
 
     @property
     def head_is_embedding(self) -> bool:
-        """Whether the head has no weight of its own but multiplies by the embedding's."""
-        return self.tie_word_embeddings and not self.quant_lm_head
+        """Whether the head has no weight of its own but multiplies by the embedding's, where a rank has these rows."""
+        has_rows = self.tp_size == 1 or self.embedding_sharding_dim == 0
+        return self.tie_word_embeddings and not self.quant_lm_head and has_rows
 
     @property
     def embedding_is_head(self) -> bool:
         """Whether the token embedding has no weight of its own but reads the rows of the head's."""
         return self.tie_word_embeddings and self.quant_embedding
+
+    @property
+    def embedding_width(self) -> int:
+        """How many columns of the embeddings a rank has."""
+        return self.n_embd // self.tp_size if self.embedding_sharding_dim == 1 else self.n_embd
+
+    @property
+    def vocab_part(self) -> int:
+        """How many tokens' logits a rank computes; the last ranks' may be of none."""
+        return -(-self.vocab_size // self.tp_size)
 
     def score_scale(self, layer: int) -> float:
         """What the attention scores of a layer are multiplied by."""
@@ -298,7 +326,7 @@ class GPT(tp.Module):
         self.h = [Block(config, layer) for layer in range(config.n_layer)]
         self.ln_f = Norm(config)
         if not config.head_is_embedding:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, config, config.head_mode, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_part, config, config.head_mode, bias=False)
 
     def forward(
         self,
@@ -331,6 +359,8 @@ class GPT(tp.Module):
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
         x = self.embedded(idx) if prompts is None else self.prompted(idx, prompts)  # (B, T, E)
         x = x if self.config.is_rotary else x + self.wpe(positions)
+        if self.config.tp_size > 1 and self.config.embedding_sharding_dim == 1:
+            x = to(gathered(x, (batch, length), self.config), x.dtype)
 
         if cache is None:
             slots, update = tp.iota((length,), dtype=tp.int32), None
@@ -361,6 +391,9 @@ class GPT(tp.Module):
         x = self.ln_f(x)
         head = (lambda x: x @ tp.transpose(self.wte.weight, 0, 1)) if self.config.head_is_embedding else self.lm_head
         logits = tp.cast(head(x), tp.float32)
+        if self.config.tp_size > 1:
+            logits = gathered(logits, (batch, length) if last is None else (batch,), self.config)
+            logits = parts(logits, 0, self.config.vocab_size, logits.rank - 1)  # of rows that pad there are none
         if cache is None:
             return logits
         shape = (1, 2, batch, *self.config.cache_shape(1)[3:])
@@ -425,6 +458,29 @@ def part(x: tp.Tensor, index: int, dim: int = 0) -> tp.Tensor:
 def parts(x: tp.Tensor, begin: int, end: int, dim: int) -> tp.Tensor:
     """The parts ``begin <= i < end`` along a dimension."""
     return tp.gather(x, dim, tp.Tensor(list(range(begin, end))))
+
+
+# TensorRT-LLM's plug-ins, which NCCL carries out: where ranks meet, in float32 whatever the model's type. On the portable
+# runtime the sum is taken in the ranks' order.
+
+
+def summed(x: tp.Tensor, config: GPTConfig) -> tp.Tensor:
+    """The sum of what every rank has, in float32."""
+    return across_ranks("AllReduce", x, config)
+
+
+def gathered(x: tp.Tensor, leading: Sequence[tp.DimensionSize], config: GPTConfig) -> tp.Tensor:
+    """What every rank has, (*leading, n) → (*leading, P * n) in float32."""
+    count, ranks = len(leading), config.tp_size
+    behind = across_ranks("AllGather", x, config)  # one rank's behind the other's along the first dimension
+    by_rank = tp.reshape(behind, (ranks, *leading, -1))
+    return tp.reshape(tp.permute(by_rank, (*range(1, count + 1), 0, count + 1)), (*leading, -1))
+
+
+def across_ranks(name: str, x: tp.Tensor, config: GPTConfig) -> tp.Tensor:
+    """Calls a plug-in whose fields say which ranks take part, and that numbers are float32 (TensorRT's 0)."""
+    group, form = list(range(config.tp_size)), [(x.rank, tp.float32)]
+    return tp.plugin(name, [to(x, tp.float32)], form, namespace="tensorrt_llm", group=group, type_id=0)
 
 
 class Block(tp.Module):
@@ -499,7 +555,7 @@ class CausalSelfAttention(tp.Module):
         width, bias = config.n_head * config.head_size, config.attention_bias
         rows = width + 2 * config.kv_heads * config.head_size
         self.c_attn = Linear(config.n_embd, rows, config, config.linear_mode, bias)
-        self.c_proj = Linear(width, config.n_embd, config, config.linear_mode, bias)
+        self.c_proj = Linear(width, config.n_embd, config, config.linear_mode, bias, is_part=True)
 
     def forward(self, x: tp.Tensor, call: Call, cache: tp.Tensor | None) -> tuple[tp.Tensor, tp.Tensor | None]:
         heads, groups, size = self.n_head, self.kv_heads, self.head_size
@@ -573,7 +629,7 @@ class MLP(tp.Module):
         self.layer, self.inner_size, self.is_gated = layer, config.inner_size, config.gated_mlp
         rows = config.inner_size * (2 if config.gated_mlp else 1)
         self.c_fc = Linear(config.n_embd, rows, config, config.linear_mode, config.mlp_bias)
-        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode, config.mlp_bias)
+        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode, config.mlp_bias, is_part=True)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: tp.Tensor, call: Call) -> tp.Tensor:
@@ -597,12 +653,22 @@ class Linear(tp.Module):
 
     A weight quantized in blocks has an even number of columns, as TensorRT packs two int4 of a row into a byte: where
     out_features is odd, it and its scale end with a column more that nothing reads.
+
+    Where ranks share a model, ``is_part`` says that each has some of the input features: products are summed over the
+    ranks before the bias, which is whole, is added.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, config: GPTConfig, mode: QuantMode | None, bias: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        config: GPTConfig,
+        mode: QuantMode | None,
+        bias: bool = True,
+        is_part: bool = False,
     ) -> None:
         super().__init__()
+        self.shared = config if is_part and config.tp_size > 1 else None
         self.dtype = config.tripy_dtype
         self.scale_dtype = self.dtype if mode is None else config.scale_dtype
         self.mode = mode
@@ -642,7 +708,8 @@ class Linear(tp.Module):
         weight = weight if self.has_blocks else tp.transpose(weight, 0, 1)
         # As many dimensions as x has: where they are missing, nvtripy computes the shapes of both first.
         ones = (1,) * (x.rank - 2)
-        y = to(x @ tp.reshape(weight, (*ones, self.in_features, self.out_features)), self.dtype)
+        y = x @ tp.reshape(weight, (*ones, self.in_features, self.out_features))
+        y = to(y if self.shared is None else summed(y, self.shared), self.dtype)
         return y if self.bias is None else y + tp.reshape(self.bias, (*ones, 1, self.out_features))
 
     def rows(self, idx: tp.Tensor) -> tp.Tensor:
@@ -673,7 +740,7 @@ class QuantizedEmbedding(Linear):
     """Rows looked up by number, of a table in int8 with a scale for each row: a linear layer that only gives rows."""
 
     def __init__(self, rows: int, config: GPTConfig) -> None:
-        super().__init__(config.n_embd, rows, config, QUANT_MODES["int8-weight-only"], bias=False)
+        super().__init__(config.embedding_width, rows, config, QUANT_MODES["int8-weight-only"], bias=False)
 
     def forward(self, idx: tp.Tensor) -> tp.Tensor:
         """(...) → (..., n_embd)."""
@@ -683,7 +750,7 @@ class QuantizedEmbedding(Linear):
 def embedding(rows: int, config: GPTConfig, is_quantized: bool) -> tp.Embedding | QuantizedEmbedding:
     if is_quantized:
         return QuantizedEmbedding(rows, config)
-    return tp.Embedding(rows, config.n_embd, dtype=config.tripy_dtype)
+    return tp.Embedding(rows, config.embedding_width, dtype=config.tripy_dtype)
 
 
 def scalar_parameter(config: GPTConfig) -> tp.Tensor:

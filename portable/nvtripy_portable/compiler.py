@@ -11,6 +11,7 @@ from nvtripy_portable import interpreter, verify
 from nvtripy_portable.graph import Graph
 from nvtripy_portable.passes import (
     attention,
+    columns,
     embedding,
     fold_constants,
     last_rows,
@@ -32,6 +33,7 @@ PASSES = (
     merge_equal.run,
     weights.run,
     rms_norm.run,
+    columns.run,
     low_rank.run,  # before linear operations take what is added to them for a residual
     plugins.open_results,
     linear.run,

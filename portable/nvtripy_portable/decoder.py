@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -86,6 +86,16 @@ class Piece:
         return ([len(self.tokens) - 1] if len(self.tokens) else []) if self.rows is None else self.rows
 
 
+class Followers(Protocol):
+    """Who takes a decoder's steps along with it: the other ranks of a model."""
+
+    def step(self, tokens: np.ndarray, segments: np.ndarray, tables: np.ndarray, rows: np.ndarray) -> None:
+        """Is told of a step that begins now, by the arguments of :meth:`Decoder.run`."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Is told that a page is copied."""
+
+
 class Decoder:
     """A model and the pool of pages of the sequences that it continues. Made by :meth:`of`.
 
@@ -97,6 +107,7 @@ class Decoder:
         window: How many tokens one sees at most, itself included; None where it sees all.
         slots: How many adapters there is room for; 0 where the model has none.
         prompt_rows: How many ids there are beyond the vocabulary, whose embeddings :meth:`set_prompts` gives.
+        followers: Are told of every step, if there are any.
     """
 
     def __init__(self, step: _Step, roles: _Roles, page_tokens: int, pages: int | None) -> None:
@@ -108,6 +119,7 @@ class Decoder:
         self.context, self.page_tokens, self.vocabulary = context, page_tokens, roles.vocabulary
         self.window = roles.window
         self.pool = PagePool(count)
+        self.followers: Followers | None = None
         self._step = step
         # What slot 0 has is none, and stays so.
         tables = [value.type for value in roles.tables]
@@ -155,6 +167,8 @@ class Decoder:
     def copy(self, source: int, target: int) -> None:
         """Makes the keys and values in page ``target`` those of ``source``, for a sequence that goes on from another's
         last tokens."""
+        if self.followers is not None:
+            self.followers.copy(source, target)
         self._memory[target] = self._memory[source]
 
     def set_prompts(self, rows: np.ndarray) -> None:
@@ -255,6 +269,8 @@ class Decoder:
         if len(tokens):
             if self.slots == 0 and segments[:, 3].any():
                 raise ValueError("expected slot 0, as the model has no adapters")
+            if self.followers is not None:
+                self.followers.step(tokens, segments, tables, rows)
             memory, adapters = self._memory, self._bytes
             self._step(tokens, segments, tables, rows, memory, self.page_tokens, adapters, self._empty, logits)
         return logits
