@@ -37,7 +37,9 @@ def test_the_first_stages_have_the_layers_that_are_over(n_layer: int, pp_size: i
     stages = [Mapping(2, pp_size, 2 * stage).layers(n_layer) for stage in range(pp_size)]
     assert [layer for stage in stages for layer in stage] == list(range(n_layer))
     sizes = [len(stage) for stage in stages]
-    assert sizes == sorted(sizes, reverse=True) and sum(size > n_layer // pp_size for size in sizes) == n_layer % pp_size
+    assert (
+        sizes == sorted(sizes, reverse=True) and sum(size > n_layer // pp_size for size in sizes) == n_layer % pp_size
+    )
 
 
 def test_embeddings_are_in_the_first_stage_and_the_head_in_the_last() -> None:
