@@ -181,7 +181,11 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("ranks", [[], ["--tp-size=4", "--use-parallel-embedding"]], ids=["plain", "ranks"])
+@pytest.mark.parametrize(
+    "ranks",
+    [[], pytest.param(["--tp-size=4", "--use-parallel-embedding"], marks=pytest.mark.slow)],
+    ids=["plain", "ranks"],
+)
 def test_memory_does_not_grow_with_the_size(tmp_path: Path, ranks: list[str]) -> None:
     peaks = []
     for width in (256, 2048):

@@ -109,6 +109,44 @@ def check_ranks(source: Checkpoint, found: Checkpoint, folder: Path, mapping: Ma
     assert len(set(sizes[: mapping.tp_size])) == 1
 
 
+class Watched(np.ndarray):
+    """An array that adds up how many of its numbers were asked for."""
+
+    asked = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        Watched.asked += found.size
+        return found.view(np.ndarray)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "starcoder2"])
+def test_a_rank_reads_its_part_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a HuggingFace folder the numbers that it needs; of a folder of ranks its own file."""
+    random_model(family).save_pretrained(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source")
+    read = source._read
+    monkeypatch.setattr(source, "_read", lambda name: read(name).view(Watched))
+    for rank in range(4):
+        mapping = Mapping(2, 2, rank, embedding_sharding_dim=1)
+        Watched.asked = 0
+        held = sum(part.size for _, part in source.rank_parameters("float32", mapping))
+        padding = (-97 % 2) * 32 if rank == 3 else 0
+        assert Watched.asked == held - padding
+    monkeypatch.undo()
+    mapping = Mapping(2, 2, 2, embedding_sharding_dim=1)
+    found = convert(source, tmp_path / "made", mapping.of_rank(0))
+    for rank in (0, 1, 3):
+        path = tmp_path / "made" / f"rank{rank}.safetensors"
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        with path.open("r+b") as file:
+            file.seek(header)
+            file.write(b"\xff" * (path.stat().st_size - header))
+    expected = dict(source.rank_parameters("float32", mapping))
+    for name, part in found.rank_parameters("float32", mapping):
+        assert np.array_equal(part, expected[name])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("family", partly_slow(["gpt2", "llama", "nemotron", "gpt_bigcode"], ["llama"]))
 def test_a_type_computes_what_the_source_does_in_it(family: str, dtype: str, tmp_path: Path) -> None:
