@@ -115,9 +115,7 @@ class RankFolder:
     def _places(self, whole: Whole) -> list[tuple[Mapping, str]]:
         """The ranks that have a part of a tensor, by tp_rank, and the name it has in their files."""
         n_layer = self._config.n_layer
-        stages = (self._mapping.of_rank(stage * self._mapping.tp_size) for stage in range(self._mapping.pp_size))
-        stage = next(each.pp_rank for each in stages if each.is_of_stage(whole.of, n_layer))
-        ranks = self._mapping.stage_ranks(stage)
+        ranks = self._mapping.stage_ranks(self._mapping.stage_of(whole.of, n_layer))
         return [(rank, whole.stored_name(rank, n_layer)) for rank in ranks]
 
     def _header(self, whole: Whole) -> Stored:

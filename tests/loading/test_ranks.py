@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_files import write_gguf
+from nanogpt_files import nano_model, write_ckpt
+from nemo_archives import write_nemo
 from opened import refusal
 from quantized_folders import quantized_folder
 from random_models import FAMILIES, random_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from santacoder_files import santacoder
 from selection import partly_slow
-from tiny_checkpoints import random_checkpoint
+from tiny_checkpoints import byte_vocabulary, random_checkpoint
 
 import convert_checkpoint
 from converting.ranks import ConversionError, planned, write
@@ -171,6 +175,29 @@ def test_norms_that_a_type_holds_are_in_it(tmp_path: Path) -> None:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
     assert json.loads((tmp_path / "made" / "config.json").read_text())["dtype"] == "float16"
     check_equal(found, dict(open_checkpoint(tmp_path / "source").parameters("float16")), "float16")
+
+
+def test_whatever_the_loader_reads_is_converted(tmp_path: Path) -> None:
+    """Rows in other orders, layers of several ranks, tokenizers of other kinds: a GGUF file, NeMo's and nanoGPT's."""
+    llama = random_model("llama", vocab_size=258, num_key_value_heads=4)
+    tokens = {"model": "gpt2", "pre": "gpt-2", "tokens": [*byte_vocabulary(), "Ġt", "<|endoftext|>"], "merges": ["Ġ t"]}
+    sources = [
+        write_gguf(tmp_path / "model.gguf", llama, **{f"tokenizer.ggml.{key}": value for key, value in tokens.items()}),
+        write_nemo(tmp_path / "legacy.nemo", llama, ranks=2),
+        write_nemo(tmp_path / "core.nemo", llama, is_core=True, ranks=2, stage_count=2),
+        write_ckpt(tmp_path / "ckpt.pt", nano_model(False)),
+        santacoder(random_model("gpt_bigcode"), tmp_path / "santacoder"),
+    ]
+    for number, path in enumerate(sources):
+        source = open_checkpoint(path)
+        mapping = Mapping(2, 2)
+        whole = dict(source.parameters("float32"))
+        check_equal(convert(source, tmp_path / f"{number}", mapping), whole, "float32")
+        for rank in range(4):
+            each = mapping.of_rank(rank)
+            for name, part in source.rank_parameters("float32", each):
+                values = whole.get(name, whole["wte.weight"])
+                assert np.array_equal(part, part_of(name, values, source.config, each))
 
 
 NAMES = {

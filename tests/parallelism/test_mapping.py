@@ -54,6 +54,7 @@ def test_embeddings_are_in_the_first_stage_and_the_head_in_the_last() -> None:
         "lm_head.weight": (False, False, True),
     }.items():
         assert tuple(each.is_of_stage(name, 5) for each in (first, middle, last)) == has
+        assert last.stage_of(name, 5) == has.index(True)
 
 
 def test_a_tied_head_is_the_embedding_where_both_have_the_same_rows() -> None:

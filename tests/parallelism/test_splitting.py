@@ -167,7 +167,7 @@ def test_ranks_sum_up_to_transformers_model(family: str, heads: int, tp_size: in
     )
     x = x + np.concatenate([ranks[number]["wpe.weight"] for number in range(tp_size)])[: len(idx)]
     for layer in range(config.n_layer):
-        stage = mapping.stage_of(layer, config.n_layer)
+        stage = mapping.stage_of(f"h.{layer}", config.n_layer)
         parts = [
             {name.removeprefix(f"h.{layer}."): values for name, values in ranks[each.rank].items()}
             for each in mapping.stage_ranks(stage)
