@@ -19,6 +19,7 @@ from loading.errors import CheckpointError, listed
 from loading.fingerprint import content_pieces
 from loading.modelopt_layout import DESCRIPTION_FILE, Spec
 from loading.opening import open_path
+from loading.rank_folder import RankFolder
 from loading.table import Parameter, parameters
 from parallelism.mapping import Mapping
 from parallelism.splitting import part_of
@@ -151,8 +152,9 @@ class Checkpoint:
     def rank_parameters(self, dtype: str, mapping: Mapping) -> Iterator[tuple[str, np.ndarray]]:
         """Yield a rank's part of every parameter that its stage has, by the whole model's names, in their order.
 
-        Of what is not quantized nothing else is read from the files. A tied head that is more than the rank's part of
-        the embedding (`Mapping.shares_embedding`) comes last in the last stage, as "lm_head.weight".
+        Of what is not quantized nothing else is read from the files; of a folder of ranks' files that is shared in the
+        same way, the rank's own file alone. A tied head that is more than the rank's part of the embedding
+        (`Mapping.shares_embedding`) comes last in the last stage, as "lm_head.weight".
 
         Raises:
             CheckpointError: as `parameters` does, or the model cannot be shared so.
@@ -169,14 +171,21 @@ class Checkpoint:
                 return
             heads = []
             if self.config.tie_word_embeddings and not mapping.shares_embedding(self.config):
-                self._check_tied_head()
                 [embedding] = (each for each in self._parameters if each.name == "wte.weight")
                 heads = [replace(embedding, name="lm_head.weight")]
             for parameter in [*self._parameters, *heads]:
                 if mapping.is_of_stage(parameter.name, self.config.n_layer):
-                    part = part_of(parameter.name, numbers.Unread(parameter, self._read), self.config, mapping)
                     kind = "float32" if parameter.is_norm else dtype
-                    yield parameter.name, convert(parameter.name, part, numpy_dtype(kind))
+                    yield parameter.name, convert(parameter.name, self._part(parameter, mapping), numpy_dtype(kind))
+
+    def _part(self, parameter: Parameter, mapping: Mapping) -> np.ndarray:
+        """A rank's part of a parameter that is not quantized, as it is stored."""
+        tensors = self._tensors
+        if not isinstance(tensors, RankFolder) or not tensors.has_files_of(mapping):
+            return part_of(parameter.name, numbers.Unread(parameter, self._read), self.config, mapping)
+        if parameter.name == "lm_head.weight":
+            return tensors.part("lm_head.weight", mapping)
+        return np.concatenate([tensors.part(piece.name, mapping) for piece in parameter.pieces], parameter.axis)
 
     def norms(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the parameters of norms, in float32, as `parameters` does."""

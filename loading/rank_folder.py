@@ -104,12 +104,18 @@ class RankFolder:
                     f"{rank} of {self._mapping.tp_size} x {self._mapping.pp_size}: {found}"
                 )
 
+    def has_files_of(self, mapping: Mapping) -> bool:
+        """Whether ranks share it as this one does with the others, so that it has a file of its own."""
+        return self._mapping == mapping.of_rank(0)
+
+    def part(self, name: str, mapping: Mapping) -> np.ndarray:
+        """What the file of a rank has of a tensor that is not quantized: no other file is read."""
+        return self._files[mapping.rank].read(self._wholes[name].stored_name(mapping, self._config.n_layer))
+
     def _places(self, whole: Whole) -> list[tuple[Mapping, str]]:
         """The ranks that have a part of a tensor, by tp_rank, and the name it has in their files."""
         n_layer = self._config.n_layer
-        stages = (self._mapping.of_rank(stage * self._mapping.tp_size) for stage in range(self._mapping.pp_size))
-        stage = next(each.pp_rank for each in stages if each.is_of_stage(whole.of, n_layer))
-        ranks = self._mapping.stage_ranks(stage)
+        ranks = self._mapping.stage_ranks(self._mapping.stage_of(whole.of, n_layer))
         return [(rank, whole.stored_name(rank, n_layer)) for rank in ranks]
 
     def _header(self, whole: Whole) -> Stored:

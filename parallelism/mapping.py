@@ -79,10 +79,10 @@ class Mapping:
         begin = self.pp_rank * size + min(self.pp_rank, longer)
         return range(begin, begin + size + (self.pp_rank < longer))
 
-    def stage_of(self, layer: int, n_layer: int) -> int:
-        """The number of the stage that a layer is in."""
+    def stage_of(self, name: str, n_layer: int) -> int:
+        """The number of the stage that has a parameter or module."""
         stages = (self.of_rank(stage * self.tp_size) for stage in range(self.pp_size))
-        return next(each.pp_rank for each in stages if layer in each.layers(n_layer))
+        return next(each.pp_rank for each in stages if each.is_of_stage(name, n_layer))
 
     def is_of_stage(self, name: str, n_layer: int) -> bool:
         """Whether its stage has a parameter, by the model's name ("h.3.ln_1.bias") or that of a module."""
