@@ -19,13 +19,15 @@ from model import GPT, GPTConfig, Linear
 from nvtripy_portable import engine_file
 from nvtripy_portable.decoder import Decoder, Rows
 from nvtripy_portable.unchanging import never_changes
-from weight_loader import Checkpoint
+from parallelism.mapping import Mapping
+from weight_loader import Checkpoint, CheckpointError
 
 #: The sources of what makes numbers of a checkpoint's files.
 _ROOT = Path(__file__).parent
 _READERS = [
     _ROOT / "conversion.py",
-    *sorted(file for room in ("loading", "parallelism") for file in (_ROOT / room).rglob("*.py")),
+    *(_ROOT / "parallelism" / name for name in ("mapping.py", "splitting.py")),
+    *sorted((_ROOT / "loading").rglob("*.py")),
 ]
 
 
@@ -200,7 +202,7 @@ def config_of(checkpoint: Checkpoint, dtype: str, mapping: Mapping | None = None
 
 @stderr_kept()
 def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
-    """The model with the checkpoint's weights.
+    """The model with the checkpoint's weights, or a rank's part of it with its part of them.
 
     Raises:
         CheckpointError: the weights are not those of ``config``.
@@ -209,7 +211,11 @@ def load_model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     wanted = {name: parameter.dtype for name, parameter in gpt.state_dict().items()}
     layers = dict(linear_layers(gpt))
     state = {}
-    for name, array in checkpoint.parameters(config.dtype):
+    parameters = checkpoint.parameters(config.dtype)
+    if config.tp_size > 1:
+        mapping = Mapping(config.tp_size, 1, config.tp_rank, config.embedding_sharding_dim)
+        parameters = checkpoint.rank_parameters(config.dtype, mapping)
+    for name, array in parameters:
         array = even_columns(array, layers.get(name.rpartition(".")[0]))
         # NumPy has no bfloat16 to hand over: those numbers go as float32, which holds them, and are cast in the graph.
         array = array.astype(np.float32) if config.dtype == "bfloat16" else array
@@ -273,6 +279,7 @@ def open_engine(
     folder: EngineFolder | Path | None = None,
     report: Callable[[str], None] = lambda message: None,
     room: AdapterRoom | None = None,
+    mapping: Mapping | None = None,
 ) -> Engine:
     """The engine for a checkpoint: opened from ``folder`` where a current one is saved there, else compiled, and given
     to the folder to be saved.
@@ -280,12 +287,15 @@ def open_engine(
     An engine is current if it was made from the same weights, for the same type and batch, by the same code and the
     same nvtripy.
 
+    Args:
+        mapping: Which rank this is, where several share the model.
+
     Raises:
         EngineError: ``folder`` cannot be read or written, though it has to, or the environment asks the portable
             runtime for what it does not have.
         CheckpointError: the checkpoint's weights cannot be loaded.
     """
-    config = config_of(checkpoint, dtype)
+    config = config_of(checkpoint, dtype, mapping)
     if room is not None:
         config = replace(config, adapters=room.count, adapter_ranks=room.ranks, prompt_rows=room.prompt_rows)
     if folder is None:
@@ -294,7 +304,7 @@ def open_engine(
     engines.check()
     path = engines.file(
         checkpoint.path,
-        f"{dtype}-batch{batch}{_described(room)}",
+        f"{dtype}-batch{batch}{_described(room)}{'' if config.tp_size == 1 else f'-rank{config.tp_rank}'}",
         _key(checkpoint, config, batch),
     )
     if engines.has(path):

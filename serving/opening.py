@@ -18,6 +18,7 @@ from weight_loader import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from engine import AdapterRoom, Engine
+    from parallelism.mapping import Mapping
 
 PAGE_TOKENS = 64
 DEFAULT_CACHE = 1 << 30  # bytes of keys and values, where nothing is said
@@ -46,6 +47,7 @@ def open_model(
     report: Callable[[str], None],
     room: AdapterRoom | None = None,
     least_sequences: int = 1,
+    mapping: Mapping | None = None,
 ) -> OpenedModel:
     """The checkpoint's model over pages or, where NVIDIA's runtime runs it, over ``max_sequences`` rows, or as many as
     the memory of those pages would hold.
@@ -54,6 +56,7 @@ def open_model(
         least_sequences: As many whole contexts it has to hold at least.
         cache_bytes: For keys and values; at least a whole context's. None: 1 GiB, or what all sequences can fill.
         room: For adapters.
+        mapping: Which rank this is, where several share the model.
 
     Raises:
         UsageError: ``cache_bytes`` is too small.
@@ -61,7 +64,7 @@ def open_model(
     """
     from engine import config_of, open_engine
 
-    config = config_of(checkpoint, dtype)
+    config = config_of(checkpoint, dtype, mapping)
     layers, two, _, heads, context, size = config.cache_shape(1)
     page_bytes = layers * two * heads * min(PAGE_TOKENS, context) * size * config.cache_dtype.itemsize
     whole = math.ceil(context / PAGE_TOKENS)
@@ -72,7 +75,7 @@ def open_model(
             f"expected --cache-memory to hold a whole context, {least * page_bytes / (1 << 20):.0f} MiB, but got "
             f"{(cache_bytes or 0) / (1 << 20):.0f} MiB"
         )
-    engine: Engine = open_engine(checkpoint, dtype, 1, engines, report, room)
+    engine: Engine = open_engine(checkpoint, dtype, 1, engines, report, room, mapping)
     decoder = engine.paged(PAGE_TOKENS, pages)
     if decoder is not None:
         return OpenedModel(decoder, True)
