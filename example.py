@@ -3,6 +3,7 @@
     python example.py --input-text "What is the answer to life, the universe, and everything?" --seed=1
     python example.py --input-text "What is the answer?" --seed=1 --quant-mode int8-weight-only
     python example.py --batch prompts.jsonl --jsonl --output answers.jsonl
+    mpirun -np 2 python example.py --input-text "What is the answer?" --seed=1 --tp-size 2
 
 The text goes to standard output, everything else to standard error.
 """
@@ -31,6 +32,7 @@ import quantization
 from command_line import UsageError
 from engine_cache import EngineError, EngineFolder
 from generation_options import find_jobs, parse_arguments
+from parallelism import launcher
 from quantization import QuantizationConfig, QuantizationError
 from response import Response
 from serving.jobs import JobFile, Jobs, Prompts, Request
@@ -40,9 +42,12 @@ if TYPE_CHECKING:
     from adapters.lora import Lora
     from adapters.prompts import PromptTable
     from engine import Engine
+    from parallelism.mapping import Mapping
+    from parallelism.team import Team
     from serving.offline import OfflineEngine
     from tokenizer import Tokenizer
 
+UNUSABLE = (CheckpointError, QuantizationError, generation.LogitsError)  # input that is
 SEPARATOR = "-" * 16  # between responses, where there are several
 
 
@@ -102,6 +107,7 @@ class Model:
         prompts: Virtual tokens of tasks.
         engines: Where compiled engines are kept.
         report: Takes lines for whoever wants to know more.
+        team: The ranks that share the model, of which this one leads.
     """
 
     checkpoint: Checkpoint
@@ -113,6 +119,11 @@ class Model:
     engines: EngineFolder | None
     report: Callable[[str], None]
     timing: Timing
+    team: Team | None = None
+
+    @property
+    def mapping(self) -> Mapping | None:
+        return None if self.team is None else self.team.mapping
 
     def requests(self, jobs: Jobs, start: int = 0) -> Iterator[Request]:
         """The requests of jobs, from number ``start`` on."""
@@ -168,11 +179,30 @@ def answer_one(jobs: Prompts, model: Model, options: argparse.Namespace) -> None
     # This imports nvtripy, which takes a moment: only once the input is known to be good.
     from engine import open_engine
 
-    engine = open_engine(model.checkpoint, options.dtype, 1, model.engines, model.report)
+    agree_on(model, options, None)
+    engine = open_engine(model.checkpoint, options.dtype, 1, model.engines, model.report, mapping=model.mapping)
+    lead(model, engine.decoder)
     del model.checkpoint
     model.timing.compiled = time.perf_counter()
     [request] = model.requests(jobs)
     print_texts([(request.prompt, saving(model, respond(engine, request.ids, model, options)))], options.stream)
+
+
+def agree_on(model: Model, options: argparse.Namespace, sequences: int | None, beams: int = 1) -> None:
+    """Tells the other ranks, where there are any, what is to be done."""
+    if model.team is not None:
+        from parallelism.following import Plan, agree
+
+        plan = model.team.share(Plan(str(model.checkpoint.path.absolute()), sequences, beams))
+        agree(model.team, model.checkpoint, options.dtype, plan)
+
+
+def lead(model: Model, decoder: object) -> None:
+    """From here on the other ranks, where there are any, take the decoder's steps along with it."""
+    if model.team is not None:
+        from parallelism.following import shared
+
+        model.team.lead(shared(decoder))
 
 
 def respond(engine: Engine, ids: list[int], model: Model, options: argparse.Namespace) -> Iterator[str]:
@@ -239,7 +269,19 @@ def open_offline(jobs: Jobs, model: Model, options: argparse.Namespace) -> Offli
 
     together = min(jobs.sequences, MAX_SEQUENCES)
     room = room_of(model.loras, 0 if model.prompts is None else len(model.prompts.rows))
-    opened = open_model(model.checkpoint, options.dtype, together, None, model.engines, model.report, room, jobs.beams)
+    agree_on(model, options, together, jobs.beams)
+    opened = open_model(
+        model.checkpoint,
+        options.dtype,
+        together,
+        None,
+        model.engines,
+        model.report,
+        room,
+        jobs.beams,
+        model.mapping,
+    )
+    lead(model, opened.decoder)
     adapters = [Adapter(each.name, each.tables(room.ranks)) for each in model.loras] if room is not None else []
     if model.prompts is not None:
         opened.decoder.set_prompts(model.prompts.rows)
@@ -295,10 +337,30 @@ def progress(total: int, unit: str, **settings: Any) -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Carries out the command."""
+    """Carries out the command, alone or with other ranks."""
+    if options.tp_size == 1:
+        launcher.check_alone()
+        return answer(options, None)
+    from parallelism.team import guarded, team_of
+
+    team = team_of(options.tp_size, options.embedding_sharding_dim, options.rank_timeout, "example.py")
+    with guarded(team, *UNUSABLE, EngineError):
+        options.threads = options.threads or team.threads
+        if team.is_leader:
+            answer(options, team)
+            team.dismiss()
+        else:
+            from parallelism.following import follow
+
+            follow(team, options, engine_cache.chosen(options, _ignore), _ignore)
+
+
+def answer(options: argparse.Namespace, team: Team | None) -> None:
+    """Does what the command asks for."""
     jobs = find_jobs(options)
     timing = Timing()
     model = find_model(options, jobs, timing)
+    model.team = team
     try:
         if isinstance(jobs, JobFile):
             answer_file(jobs, model, options)
@@ -321,9 +383,12 @@ def _ignore(message: str) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 after one line on standard error for input that cannot be used."""
-    return command_line.main(
-        "example.py", lambda: run(parse_arguments()), CheckpointError, QuantizationError, generation.LogitsError
-    )
+
+    def command() -> None:
+        with launcher.one_voice():
+            run(parse_arguments())
+
+    return command_line.main("example.py", command, *UNUSABLE)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--threads", metavar="N", type=int, help="of the portable runtime (default: the cores that it may use)"
     )
+    ranks = parser.add_argument_group("several processes")
+    ranks.add_argument(
+        "--tp-size", metavar="N", type=int, default=1, help="share each layer among N processes that mpirun has started"
+    )
+    ranks.add_argument(
+        "--use-parallel-embedding", action="store_true", help="share the embeddings, too (default: each has them whole)"
+    )
+    ranks.add_argument(
+        "--embedding-sharding-dim", metavar="0|1", type=int, choices=(0, 1), help="by rows (0, default) or columns (1)"
+    )
+    ranks.add_argument(
+        "--rank-timeout",
+        metavar="S",
+        type=float,
+        default=60.0,
+        help="end the job when a process is silent for S seconds (default %(default)g)",
+    )
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
     options.quantization = quantization.config_from(options) if quantization.is_asked_for(options) else None
@@ -92,7 +110,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         num_return_sequences=(1, None),
         top_k=(0, None),
         threads=(1, command_line.MAX_THREADS),
+        tp_size=(1, None),
     )
+    check_ranks(options)
     if "" in options.stop:
         raise UsageError("expected --stop to be a text but got an empty one")
     for name, text in [("input-text", options.input_text or ""), *(("stop", stop) for stop in options.stop)]:
@@ -118,6 +138,28 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     except ValueError as error:
         raise UsageError(str(error)) from None
     return options
+
+
+def check_ranks(options: argparse.Namespace) -> None:
+    """Refuses what processes that share a model cannot do.
+
+    Raises:
+        UsageError: see above.
+    """
+    if options.tp_size == 1:
+        for name in ("use_parallel_embedding", "embedding_sharding_dim"):
+            if getattr(options, name) not in (False, None):
+                raise UsageError(f"expected --tp-size of at least 2 with --{name.replace('_', '-')}")
+        return
+    if options.embedding_sharding_dim is not None and not options.use_parallel_embedding:
+        raise UsageError("expected --use-parallel-embedding with --embedding-sharding-dim")
+    if options.use_parallel_embedding and options.embedding_sharding_dim is None:
+        options.embedding_sharding_dim = 0
+    if not 1 <= options.rank_timeout < math.inf:
+        raise UsageError(f"expected --rank-timeout to be at least 1 but got {options.rank_timeout:g}")
+    for name in ("lora", "prompt_table"):
+        if getattr(options, name):
+            raise UsageError(f"expected --tp-size or --{name.replace('_', '-')} but got both")
 
 
 def check_adapters(options: argparse.Namespace) -> None:

@@ -7,9 +7,13 @@ as many jobs of one process each.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from collections.abc import Mapping as Variables
 from dataclasses import dataclass
+
+from command_line import UsageError
 
 #: Launcher → its variables of a process's number and of how many there are.
 _LAUNCHERS = {
@@ -41,6 +45,35 @@ def launch(environment: Variables[str, str] = os.environ) -> Launch | None:
         if all(text.isdecimal() for text in texts) and int(texts[1]) > 1:
             return Launch(launcher, *map(int, texts))
     return None
+
+
+def check_alone(environment: Variables[str, str] = os.environ) -> None:
+    """That this process is no part of a job of several.
+
+    Raises:
+        UsageError: it is: each would do the whole work.
+    """
+    found = launch(environment)
+    if found is not None:
+        raise UsageError(f"expected --tp-size {found.size}: {found.launcher} has started {found.size} processes")
+
+
+class NoMpi(UsageError):
+    """There is no MPI on this host, whatever the others have."""
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Before ranks know of each other: what is wrong with a command line is so on all of them, and rank 0 says it."""
+    try:
+        yield
+    except NoMpi:
+        raise
+    except UsageError:
+        found = launch()
+        if found is None or found.rank == 0:
+            raise
+        raise SystemExit(2) from None
 
 
 def misfit(found: Launch | None, world: int, library: str, tp_size: int) -> str | None:

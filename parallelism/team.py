@@ -179,12 +179,13 @@ def team_of(tp_size: int, embedding_sharding_dim: int | None, timeout: float, pr
         program: For messages.
 
     Raises:
-        UsageError: there is no MPI, or there are other processes than expected.
+        UsageError: there are other processes than expected.
+        NoMpi: there is no MPI.
     """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the package is missing, or the library that it loads
-        raise UsageError(
+        raise launcher.NoMpi(
             f"expected mpi4py and an MPI for --tp-size ({' '.join(str(error).split())}): "
             "pip install -r requirements/distributed.txt"
         ) from None
