@@ -136,7 +136,7 @@ class GPTConfig:
             raise ValueError(f"expected tp_size to divide n_embd but got {self.tp_size} for a width of {self.n_embd}")
         if self.tp_size > 1 and (self.adapters or self.prompt_rows):
             raise ValueError("expected no adapters and no prompt_rows in a model that ranks share")
-        if self.tp_size > 1 and self.embedding_is_head and self.embedding_sharding_dim != 0:
+        if self.tp_size > 1 and self.embedding_is_head and self.shared_embedding != "rows":
             raise ValueError("expected embedding_sharding_dim 0 where ranks share an embedding that is the quantized head")
         has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
         if has_table and self.quant_mode != "int8-weight-only":
@@ -204,7 +204,7 @@ class GPTConfig:
     @property
     def head_is_embedding(self) -> bool:
         """Whether the head has no weight of its own but multiplies by the embedding's, where a rank has these rows."""
-        has_rows = self.tp_size == 1 or self.embedding_sharding_dim == 0
+        has_rows = self.tp_size == 1 or self.shared_embedding == "rows"
         return self.tie_word_embeddings and not self.quant_lm_head and has_rows
 
     @property
@@ -213,9 +213,19 @@ class GPTConfig:
         return self.tie_word_embeddings and self.quant_embedding
 
     @property
+    def shared_embedding(self) -> str | None:
+        """What of the embeddings the ranks share: rows or columns; None: nothing."""
+        is_whole = self.tp_size == 1 or self.embedding_sharding_dim is None
+        return None if is_whole else "columns" if self.embedding_sharding_dim else "rows"
+
+    @property
     def embedding_width(self) -> int:
         """How many columns of the embeddings a rank has."""
-        return self.n_embd // self.tp_size if self.embedding_sharding_dim == 1 else self.n_embd
+        return self.n_embd // self.tp_size if self.shared_embedding == "columns" else self.n_embd
+
+    def rows_of_rank(self, rows: int) -> int:
+        """How many rows of an embedding a rank has; the last ranks' may be padding."""
+        return -(-rows // self.tp_size) if self.shared_embedding == "rows" else rows
 
     @property
     def vocab_part(self) -> int:
@@ -320,9 +330,10 @@ class GPT(tp.Module):
         super().__init__()
         self.config = config
         if not config.embedding_is_head:
-            self.wte = embedding(config.vocab_size, config, config.quant_embedding)
+            self.wte = embedding(config.rows_of_rank(config.vocab_size), config, config.quant_embedding)
         if not config.is_rotary:
-            self.wpe = embedding(config.n_positions, config, config.quant_position_embedding)
+            rows = config.rows_of_rank(config.n_positions)
+            self.wpe = embedding(rows, config, config.quant_position_embedding)
         self.h = [Block(config, layer) for layer in range(config.n_layer)]
         self.ln_f = Norm(config)
         if not config.head_is_embedding:
@@ -358,8 +369,10 @@ class GPT(tp.Module):
         ahead = tp.unsqueeze(tp.iota((length,), dtype=tp.int32), 0)  # (1, T)
         positions = ahead if position is None else tp.unsqueeze(position, 1) + ahead  # (1 or B, T)
         x = self.embedded(idx) if prompts is None else self.prompted(idx, prompts)  # (B, T, E)
-        x = x if self.config.is_rotary else x + self.wpe(positions)
-        if self.config.tp_size > 1 and self.config.embedding_sharding_dim == 1:
+        x = x if self.config.is_rotary else x + looked_up(self.wpe, positions, self.config.n_positions, self.config)
+        if self.config.shared_embedding == "rows":
+            x = to(summed(x, self.config), x.dtype)  # one rank has a token's row, and one its position's
+        if self.config.shared_embedding == "columns":
             x = to(gathered(x, (batch, length), self.config), x.dtype)
 
         if cache is None:
@@ -404,7 +417,8 @@ class GPT(tp.Module):
 
     def embedded(self, idx: tp.Tensor) -> tp.Tensor:
         """Rows of the token embedding, (B, T) → (B, T, E)."""
-        return self.lm_head.rows(idx) if self.config.embedding_is_head else self.wte(idx)
+        table = self.lm_head.rows if self.config.embedding_is_head else self.wte
+        return looked_up(table, idx, self.config.vocab_size, self.config)
 
     def prompted(self, idx: tp.Tensor, prompts: tp.Tensor) -> tp.Tensor:
         """The same, and of ids from V on rows of ``prompts`` (P, E)."""
@@ -475,6 +489,16 @@ def gathered(x: tp.Tensor, leading: Sequence[tp.DimensionSize], config: GPTConfi
     behind = across_ranks("AllGather", x, config)  # one rank's behind the other's along the first dimension
     by_rank = tp.reshape(behind, (ranks, *leading, -1))
     return tp.reshape(tp.permute(by_rank, (*range(1, count + 1), 0, count + 1)), (*leading, -1))
+
+
+def looked_up(table: Callable[[tp.Tensor], tp.Tensor], idx: tp.Tensor, count: int, config: GPTConfig) -> tp.Tensor:
+    """Rows of an embedding of ``count`` rows, (B, T) → (B, T, E); zeros where another rank has them."""
+    if config.shared_embedding != "rows":
+        return table(idx)
+    last = config.rows_of_rank(count) - 1
+    own = idx - config.tp_rank * (last + 1)
+    rows = table(tp.minimum(tp.maximum(own, 0), last))
+    return tp.where(tp.unsqueeze((own < 0) | (own > last), 2), 0.0, rows)
 
 
 def across_ranks(name: str, x: tp.Tensor, config: GPTConfig) -> tp.Tensor:

@@ -236,6 +236,8 @@ private:
         number("outputs", operation.outputs);
         number("tokens", operation.tokens);
         number("prompts", operation.prompts);
+        number("first_token", operation.first_token);
+        number("first_position", operation.first_position);
         number("position", operation.position);
         number("last", operation.last);
         number("cache", operation.cache);

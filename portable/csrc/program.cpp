@@ -118,12 +118,12 @@ void Program::plan(Call& call, const Operation& operation, int64_t& shared) {
                     throw std::invalid_argument("embedding: the rows of prompts do not fit the tokens'");
                 ids += prompts.rank;
             }
-            for (int64_t i = 0; i < y.rows(); ++i) {
+            for (int64_t i = 0; i < y.rows() && operation.first_token == kNone; ++i) {
                 if (tokens.data[i] >= operation.weight.rows) check_index("gather of token embeddings", tokens.data[i], ids);
                 else check_index("gather of token embeddings", tokens.data[i], operation.weight.rows);
             }
             const auto check_positions = [&](int64_t first, int64_t count) {
-                if (count == 0 || !operation.positions.data) return;
+                if (count == 0 || !operation.positions.data || operation.first_position != kNone) return;
                 check_index("gather of position embeddings", first, operation.positions.rows);
                 check_index("gather of position embeddings", first + count - 1, operation.positions.rows);
             };

@@ -45,6 +45,8 @@ struct Operation {
     int64_t outputs = 0;
 
     int tokens = kNone;    // embedding's ids (B, T), among the integer inputs
+    // embedding: of tables that ranks share, the first row that is there; -1: all are. Others' rows are zeros.
+    int64_t first_token = kNone, first_position = kNone;
     int prompts = kNone;   // embedding: among the tables, rows of the ids that come after the weight's
     int position = kNone;  // embedding's and attention's (B,)
     int last = kNone;      // last_rows' (B,)

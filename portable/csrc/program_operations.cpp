@@ -174,6 +174,10 @@ void Program::embedding(const Operation& operation, const Call& call, ThreadPool
         const Table& table = call.tables[static_cast<size_t>(operation.prompts)];
         prompts = {table.data, table.dtype, table.rank, width, nullptr, 0, 0, false};
     }
+    const auto load_part = [&](const Matrix& table, int64_t row, float* to) {
+        if (row >= 0 && row < table.rows) kernels_.load_row(table, row, to);
+        else std::fill_n(to, width, 0.0f);
+    };
     pool.each(y.rows(), [&](int64_t row, int thread) {
         float* own = memory_of(thread);
         const int64_t b = row / y.length, t = row % y.length;
@@ -182,10 +186,12 @@ void Program::embedding(const Operation& operation, const Call& call, ThreadPool
         else if (operation.position != kNone) position += (*call.integers)[static_cast<size_t>(operation.position)].data[b];
         float* to = y.data + row * width;
         const int64_t id = tokens.data[row], known = operation.weight.rows;
-        if (id < known) kernels_.load_row(operation.weight, wrapped(id, known), to);
+        if (operation.first_token != kNone) load_part(operation.weight, id - operation.first_token, to);
+        else if (id < known) kernels_.load_row(operation.weight, wrapped(id, known), to);
         else kernels_.load_row(prompts, id - known, to);
         if (!operation.positions.data) return;
-        kernels_.load_row(operation.positions, wrapped(position, operation.positions.rows), own);
+        if (operation.first_position != kNone) load_part(operation.positions, position - operation.first_position, own);
+        else kernels_.load_row(operation.positions, wrapped(position, operation.positions.rows), own);
         for (int64_t i = 0; i < width; ++i) to[i] += own[i];
     });
 }

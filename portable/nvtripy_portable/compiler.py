@@ -23,6 +23,7 @@ from nvtripy_portable.passes import (
     prompt_rows,
     rms_norm,
     rotary,
+    shared_rows,
     weights,
 )
 from nvtripy_portable.unchanging import is_unchanging
@@ -43,6 +44,7 @@ PASSES = (
     fold_constants.run_waves,
     attention.run,
     prompt_rows.run,
+    shared_rows.run,
     embedding.run,
     last_rows.run,
     merge_equal.run,  # weights that two passes made rows of

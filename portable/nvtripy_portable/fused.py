@@ -185,6 +185,8 @@ def embedding(
     position_dtype: str | None,
     width: int,
     dtype: DTypeLike,
+    token_rows_of: tuple[int, int] | None = None,
+    position_rows_of: tuple[int, int] | None = None,
 ) -> Array:
     """``table[idx] + position_table[position + t]``: token ids (B, T) → (B, T, width).
 
@@ -193,22 +195,50 @@ def embedding(
         table: Rows (V, ...) in ``weight_dtype``, as a linear operation's weight, with ``table_scale``.
         position_table: Rows (C, ...) in ``position_dtype``, likewise, with ``position_scale``; None: nothing is added.
         prompts: Rows (P, width) of ids V to V + P - 1.
+        token_rows_of: Of a table that ranks share: the first row that is in ``table``, and how many are. Others are zeros.
+        position_rows_of: Likewise of ``position_table``.
     """
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
     positions = steps if position is None else position.astype(np.int64)[:, None] + steps
 
-    def rows(table: Array, scale: Array | None, indices: Array, weight_dtype: str) -> Array:
+    def rows(
+        table: Array, scale: Array | None, indices: Array, weight_dtype: str, part: tuple[int, int] | None
+    ) -> Array:
         wide = np.dtype(np.float32)
+        if part is not None:
+            first, count = part
+            form: Any = {"first": first, "count": count, "weight_dtype": weight_dtype, "width": width, "dtype": wide}
+            return shared_rows(indices, table, scale, **form)
         return reference.quantized_rows(table, scale, indices, weight_dtype=weight_dtype, width=width, dtype=wide)
 
     if prompts is None:
-        tokens = rows(table, table_scale, idx, weight_dtype)
+        tokens = rows(table, table_scale, idx, weight_dtype, token_rows_of)
     else:
         wide = np.dtype(np.float32)
         tokens = token_rows(idx, prompts, table, table_scale, weight_dtype=weight_dtype, width=width, dtype=wide)
     if position_table is None or position_dtype is None:
         return reference.cast(tokens, dtype=dtype)
-    return reference.cast(tokens + rows(position_table, position_scale, positions, position_dtype), dtype=dtype)
+    added = rows(position_table, position_scale, positions, position_dtype, position_rows_of)
+    return reference.cast(tokens + added, dtype=dtype)
+
+
+def shared_rows(
+    idx: Array,
+    table: Array,
+    scale: Array | None,
+    *,
+    first: int,
+    count: int,
+    weight_dtype: str,
+    width: int,
+    dtype: DTypeLike,
+) -> Array:
+    """Rows ``first`` to ``first + count - 1`` of a larger table, by ids (B, T) → (B, T, width); zeros for all others."""
+    own = np.asarray(idx, np.int64) - first
+    is_own = ((own >= 0) & (own < count))[..., None]
+    own = np.clip(own, 0, count - 1)
+    rows = reference.quantized_rows(table, scale, own, weight_dtype=weight_dtype, width=width, dtype=dtype)
+    return np.where(is_own, rows, np.zeros((), rows.dtype))
 
 
 def token_rows(
@@ -341,6 +371,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "low_rank": low_rank,
     "embedding": embedding,
     "token_rows": token_rows,
+    "shared_rows": shared_rows,
     "last_rows": last_rows,
     "rotary": rotary,
     "attention": attention,

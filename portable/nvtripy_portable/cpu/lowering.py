@@ -392,6 +392,11 @@ class _Lowering:
         form["weight"] = self._matrix(table, table_scale, attributes["weight_dtype"], width)
         if position_table is not None:
             form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
+        for name, rows in (("token", table), ("position", position_table)):
+            part = attributes.get(f"{name}_rows_of")
+            if part is not None:
+                _require(rows is not None and rows.type.shape[0] == part[1])
+                form[f"first_{name}"] = part[0]
         for each in prompts:
             assert each is not None
             form["prompts"] = self._table(each)
@@ -404,6 +409,9 @@ class _Lowering:
         raise _CannotRun  # but in an attention
 
     def _token_rows(self, operation: Operation) -> None:
+        raise _CannotRun  # but in an embedding
+
+    def _shared_rows(self, operation: Operation) -> None:
         raise _CannotRun  # but in an embedding
 
     def _last_rows(self, operation: Operation) -> None:

@@ -30,11 +30,12 @@ def run(graph: Graph) -> None:
 
 
 def _look_ups(what: str) -> dict[str, Op]:
-    """A look-up in a table, in its two forms, and of tokens in two tables."""
+    """A look-up in a table, in its two forms, in a part of a table, and of tokens in two tables."""
     table, scale, indices = Constant(f"{what}_table"), Constant(f"{what}_scale"), Any(f"{what}_indices")
     found = {
         "float": Op("gather", table, indices, axis=0, num_broadcast_dims=0, name=f"{what}_rows"),
         "quantized": Op("quantized_rows", table, scale, indices, name=f"{what}_rows"),
+        "shared": Op("shared_rows", indices, table, name=f"{what}_rows"),
     }
     if what == "token":
         found["prompted"] = Op("token_rows", indices, Any("prompts"), table, name=f"{what}_rows")
@@ -62,6 +63,7 @@ def _alone(bound: Bound, inputs: set[Value]) -> list[Operation] | None:
         "position_dtype": None,
         "width": result.type.shape[-1],
         "dtype": result.type.dtype,
+        **_part("token", rows),
     }
     return [Operation("embedding", [idx, None, table, scale, None, None, *_prompts(bound)], attributes, [])]
 
@@ -71,17 +73,30 @@ def _prompts(bound: Bound) -> list[Value | None]:
     return [bound.values["prompts"]] if "prompts" in bound.values else []
 
 
+def _part(what: str, rows: Operation | None) -> dict[str, tuple[int, int]]:
+    """Which rows of a shared table there are, if it is one."""
+    if rows is None or rows.kind != "shared_rows":
+        return {}
+    return {f"{what}_rows_of": (rows.attributes["first"], rows.attributes["count"])}
+
+
 def _of_tokens(bound: Bound) -> list[Value | None]:
     """Indices, table and scale of the look-up by token."""
     idx, table, scale = (bound.values.get(f"token_{name}") for name in ("indices", "table", "scale"))
     rows = bound.operations["token_rows"]
-    return [idx, table, rows.operands[3] if rows.kind == "token_rows" else scale]
+    scales = {"token_rows": 3, "shared_rows": 2}
+    return [idx, table, rows.operands[scales[rows.kind]] if rows.kind in scales else scale]
 
 
 def _looked_up(bound: Bound, elements: Elements) -> list[Operation] | None:
     """With positions that are computed from the sequences' own, or count from 0, or are constants."""
     positions, table = bound.values["position_indices"], bound.constant("position_table")
     scale = bound.constant("position_scale") if "position_scale" in bound.values else None
+    rows = bound.operations["position_rows"]
+    if rows.kind == "shared_rows":
+        scale = None if rows.operands[2] is None else rows.operands[2].constant
+        if positions.constant is not None:
+            return None
     if positions.constant is not None:  # those of a fixed number of tokens, in a table that has not been widened
         at = positions.constant
         if at.size and not -len(table) <= at.min() <= at.max() < len(table):
@@ -116,6 +131,8 @@ def _embedding(
         "position_dtype": at_attributes.get("weight_dtype", positions[0].results[0].type.dtype),
         "width": width,
         "dtype": result.type.dtype,
+        **_part("token", rows),
+        **_part("position", at_rows),
     }
     operands = [idx, position, table, scale, *(each.results[0] for each in positions)]
     operands += [None] * (6 - len(operands)) + _prompts(bound)
