@@ -207,6 +207,8 @@ def guarded(team: Team, *expected: type[Exception]) -> Iterator[None]:
         yield
     except (UsageError, OSError, MemoryError, *expected) as error:
         team.fail(2, str(error))
+    except SystemExit:
+        team.fail(1, "has ended before the others")
     except Exception as error:
         team.fail(1, f"{type(error).__name__}: {error}")
     team.leave()
