@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import nvtripy as tp
@@ -182,7 +182,7 @@ def config_of(checkpoint: Checkpoint, dtype: str, mapping: Mapping | None = None
     Raises:
         CheckpointError: they cannot share it so.
     """
-    found, shared = checkpoint.config, {}
+    found, shared = checkpoint.config, dict[str, Any]()
     if mapping is not None and mapping.tp_size > 1:
         try:
             mapping.check(found)
@@ -190,7 +190,7 @@ def config_of(checkpoint: Checkpoint, dtype: str, mapping: Mapping | None = None
             raise CheckpointError(f"{checkpoint.path}: {error}") from None
         found = mapping.local(found)
         shared = {"tp_size": mapping.tp_size, "tp_rank": mapping.tp_rank}
-        shared |= {"embedding_sharding_dim": mapping.embedding_sharding_dim}
+        shared["embedding_sharding_dim"] = mapping.embedding_sharding_dim
     names = GPTConfig.__dataclass_fields__
     return GPTConfig(
         **{name: value for name, value in asdict(found).items() if name in names},

@@ -6,9 +6,9 @@ and there is one place where each setting shows. Half precision with float32 nor
 sequences whose keys and values are in ``cache`` and returns the cache with the new ones written into it. The cache is a
 plain input and output of static shape, so TensorRT compiles it as it is.
 
-Processes may share a model (tensor parallelism, Shoeybi et al. 2019): each rank has some of the heads and of the MLP, and
-two sums over the ranks stand in a layer, as calls of TensorRT-LLM's plug-ins. A rank's model is a smaller one, whose
-sizes are its own: H, G and F below.
+Processes may share a model (tensor parallelism, Shoeybi et al. 2019): each rank has some of the heads and of the MLP,
+and two sums over the ranks stand in a layer, as calls of TensorRT-LLM's plug-ins. A rank's model is a smaller one,
+whose sizes are its own: H, G and F below.
 
 Shapes: B sequences, T tokens of each in this call, C the context (slots of the cache), E the width, H heads of size D,
 which read G key-value heads (G = H in GPT-2; R = H / G heads share one), F the MLP's width, V the vocabulary, L layers,
@@ -76,7 +76,7 @@ class GPTConfig:
     prompt_rows: int = 0  # virtual tokens (prompt tuning), whose ids come after the vocabulary's
     tp_size: int = 1  # ranks that share the model: n_head, n_kv_head and n_inner are what one of them has
     tp_rank: int = 0  # which one this is
-    embedding_sharding_dim: int | None = None  # ranks share embeddings by 0: rows, 1: columns; None: each has them whole
+    embedding_sharding_dim: int | None = None  # ranks share embeddings by rows (0) or columns (1); None: each has all
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
@@ -137,7 +137,7 @@ class GPTConfig:
         if self.tp_size > 1 and (self.adapters or self.prompt_rows):
             raise ValueError("expected no adapters and no prompt_rows in a model that ranks share")
         if self.tp_size > 1 and self.embedding_is_head and self.shared_embedding != "rows":
-            raise ValueError("expected embedding_sharding_dim 0 where ranks share an embedding that is the quantized head")
+            raise ValueError("expected embedding_sharding_dim 0 where ranks share a quantized head and embedding")
         has_table = self.quant_position_embedding or (self.quant_embedding and not self.tie_word_embeddings)
         if has_table and self.quant_mode != "int8-weight-only":
             raise ValueError(f"expected embeddings quantized in int8-weight-only only but got {self.quant_mode}")
@@ -474,8 +474,8 @@ def parts(x: tp.Tensor, begin: int, end: int, dim: int) -> tp.Tensor:
     return tp.gather(x, dim, tp.Tensor(list(range(begin, end))))
 
 
-# TensorRT-LLM's plug-ins, which NCCL carries out: where ranks meet, in float32 whatever the model's type. On the portable
-# runtime the sum is taken in the ranks' order.
+# Where ranks meet: TensorRT-LLM's plug-ins, which NCCL carries out, in float32 whatever the model's type. On the
+# portable runtime the sum is taken in the ranks' order.
 
 
 def summed(x: tp.Tensor, config: GPTConfig) -> tp.Tensor:
@@ -651,9 +651,9 @@ class MLP(tp.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.inner_size, self.is_gated = layer, config.inner_size, config.gated_mlp
-        rows = config.inner_size * (2 if config.gated_mlp else 1)
-        self.c_fc = Linear(config.n_embd, rows, config, config.linear_mode, config.mlp_bias)
-        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode, config.mlp_bias, is_part=True)
+        rows, bias = config.inner_size * (2 if config.gated_mlp else 1), config.mlp_bias
+        self.c_fc = Linear(config.n_embd, rows, config, config.linear_mode, bias)
+        self.c_proj = Linear(config.inner_size, config.n_embd, config, config.linear_mode, bias, is_part=True)
         self.activation = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: tp.Tensor, call: Call) -> tp.Tensor:

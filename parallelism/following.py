@@ -67,6 +67,7 @@ def follow(
     checkpoint = open_checkpoint(Path(plan.checkpoint))
     os.environ["NVTRIPY_PORTABLE_THREADS"] = str(options.threads)
     agree(team, checkpoint, options.dtype, plan)
+    opened: object
     if plan.sequences is None:
         opened = open_engine(checkpoint, options.dtype, 1, engines, report, mapping=team.mapping).decoder
     else:

@@ -85,14 +85,13 @@ def misfit(found: Launch | None, world: int, library: str, tp_size: int) -> str 
         library: MPI's name, for the message.
         tp_size: How many are asked for.
 
-    >>> print(misfit(Launch("Open MPI's mpirun", 0, 2), 1, "MPICH", 2))
-    expected one job of 2 processes but got 2 jobs of one: Open MPI's mpirun has started them, but mpi4py has loaded MPICH; \
-take its mpirun, or have MPI4PY_MPIABI name the launcher's
+    >>> misfit(None, 1, "MPICH", 2)
+    'expected --tp-size to be the number of processes, 1, but got 2: start it with mpirun -np 2'
     """
     if found is not None and world == 1:
         return (
-            f"expected one job of {found.size} processes but got {found.size} jobs of one: {found.launcher} has started "
-            f"them, but mpi4py has loaded {library}; take its mpirun, or have MPI4PY_MPIABI name the launcher's"
+            f"expected one job of {found.size} processes but got {found.size} jobs of one: {found.launcher} has "
+            f"started them, but mpi4py has loaded {library}; take its mpirun, or have MPI4PY_MPIABI name the launcher's"
         )
     if world != tp_size:
         hint = "" if world > 1 else f": start it with mpirun -np {tp_size}"

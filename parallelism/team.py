@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping as Description
+from collections.abc import Iterator
+from collections.abc import Mapping as Description
 from typing import Any, NoReturn
 
 import numpy as np
@@ -67,10 +68,17 @@ class Team:
         import ctypes
 
         library = ctypes.CDLL(self._mpi.__file__)
-        functions = (library.MPI_Allgather, library.MPI_Error_string)
-        addresses = [ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions]
-        handles = [self._mpi._addressof(each) for each in (self._sums, self._mpi.BYTE)]
-        return collectives.MpiFunctions(*addresses, *handles, self._mpi._sizeof(self._mpi.Comm))
+
+        def address(function: Any) -> int:
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+        return collectives.MpiFunctions(
+            all_gather=address(library.MPI_Allgather),
+            error_string=address(library.MPI_Error_string),
+            communicator=self._mpi._addressof(self._sums),
+            byte_type=self._mpi._addressof(self._mpi.BYTE),
+            handle_bytes=self._mpi._sizeof(self._mpi.Comm),
+        )
 
     def compare(self, description: Description[str, str]) -> None:
         """That all ranks are about to run the same model, by what describes it.
@@ -203,9 +211,10 @@ def team_of(tp_size: int, embedding_sharding_dim: int | None, timeout: float, pr
 @contextlib.contextmanager
 def guarded(team: Team, *expected: type[Exception]) -> Iterator[None]:
     """Whatever is raised within ends the whole job: with exit code 2 where it is one of ``expected``, else 1."""
+    unusable: tuple[type[Exception], ...] = (UsageError, OSError, MemoryError, *expected)
     try:
         yield
-    except (UsageError, OSError, MemoryError, *expected) as error:
+    except unusable as error:
         team.fail(2, str(error))
     except SystemExit:
         team.fail(1, "has ended before the others")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 _CONNECT = 30.0  # seconds in which all ranks have to connect
-_PRINTED = 0.5  # seconds that a launcher needs to pass on the line that another rank has printed
+_PRINTED = 0.3  # seconds that a launcher needs to pass on the line that a rank has printed
 _TOLD = 2.0  # seconds that rank 0 has to say what another rank has told it
 
 
@@ -125,11 +125,10 @@ class Watch:
         elif self._rank == 0:
             self._end(message["code"], peer, message["reason"])
         else:  # rank 0 has said it
-            time.sleep(_PRINTED)
-            os._exit(message["code"])
+            _exit_at(message["moment"], message["code"])
 
     def _send(self, message: dict[str, Any] | None) -> None:
-        """To everyone; None is a sign of life and no more. Whom it does not reach is noticed when nothing comes back."""
+        """To everyone; None is a sign of life and no more. Whom it does not reach is noticed as nothing comes back."""
         line = b"\n" if message is None else json.dumps(message).encode() + b"\n"
         with self._sending:
             for connection in self._peers:
@@ -145,8 +144,15 @@ class Watch:
         if self._rank == 0 or rank == self._rank or self._rank == 1:
             line = " ".join(f"rank {rank} on {self._hosts[rank]}: {reason}".split())
             print(f"{self._program}: error: {line}", file=sys.stderr, flush=True)
-        else:  # rank 0 is lost: one of those that notice says it
-            time.sleep(_PRINTED)
+        # If rank 0 is lost, one of those that notice says it.
+        moment = time.time() + _PRINTED
         if self._rank == 0:
-            self._send({"code": code})
-        os._exit(code)
+            self._send({"code": code, "moment": moment})
+        _exit_at(moment, code)
+
+
+def _exit_at(moment: float, code: int) -> NoReturn:
+    """Ends this process when all others end, too. A launcher ends those that are left when one has gone: its own exit
+    code is then theirs, and what they have printed may be lost."""
+    time.sleep(min(max(moment - time.time(), 0.0), _PRINTED))
+    os._exit(code)

@@ -1,6 +1,6 @@
 """Run by ranks: models that they share, and on rank 0 the same models whole. Prints how far their logits are apart.
 
-    mpirun -np 2 python compared_ranks.py gpt2 multi-query
+mpirun -np 2 python compared_ranks.py gpt2 multi-query
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ CASES: dict[str, tuple[CheckpointConfig, int | None]] = {
     "llama, embeddings by rows": (LLAMA, 0),
     "llama, embeddings by columns": (LLAMA, 1),
     "starcoder2": (replace(LLAMA, gated_mlp=False, norm="layer", attention_bias=True, mlp_bias=True, window=6), None),
-    "nemotron": (replace(LLAMA, gated_mlp=False, norm="layer1p", activation_function="relu2", rotary_fraction=0.5), None),
+    "nemotron": (
+        replace(LLAMA, gated_mlp=False, norm="layer1p", activation_function="relu2", rotary_fraction=0.5),
+        None,
+    ),
     "five words": (replace(GPT2, vocab_size=5), 0),
     "int8": (replace(GPT2, quant_mode="int8-weight-only"), None),
     "int8, head": (replace(GPT2, quant_mode="int8-weight-only", quant_lm_head=True), 1),

@@ -52,6 +52,8 @@ PROGRAMS = (
     "summarizing.articles",
     "example",
     "generation_options",
+    # Ranks of one model: what those do that follow.
+    "parallelism.following",
     # Many prompts: from files of them to files of answers, on the scheduler that serves.
     "serving.results",
     "serving.searching",
@@ -142,6 +144,9 @@ PROGRAMS = (
     "loading.endings",
     "loading.numbers",
     "loading.rank_layout",
+    "parallelism.team",
+    "parallelism.watch",
+    "parallelism.launcher",
     "parallelism.splitting",
     "loading.modelopt_layout",
     "loading.families.gpt_next",
@@ -187,6 +192,7 @@ TRAINING = (
 )
 #: What programs may use of the portable runtime.
 SURFACE = {
+    "nvtripy_portable.collectives",
     "nvtripy_portable.engine_file",
     "nvtripy_portable.decoder.Decoder",
     "nvtripy_portable.decoder.Piece",
@@ -219,6 +225,7 @@ ROOMS = (
     "verify",
     "shape_inference",
     "fused",
+    "collectives",
     "plugins",
     "reference",
     "graph",

@@ -1,4 +1,4 @@
-"""One model on several processes: what ``AllReduce`` and ``AllGather`` mean here, by the names that they have on TensorRT.
+"""One model on several processes: what ``AllReduce`` and ``AllGather`` mean here, by their names on TensorRT.
 
 A model that is shared by ranks calls TensorRT-LLM's plug-ins (namespace ``tensorrt_llm``): there they are NCCL's
 operations, here what :func:`register` is given. With functions of MPI they run in the middle of a native program
@@ -78,9 +78,7 @@ def register(ranks: int, gather: Callable[[np.ndarray], Sequence[np.ndarray]], m
         if mpi.handle_bytes not in (4, 8):
             raise ValueError(f"expected MPI's handles to have 4 or 8 bytes but got {mpi.handle_bytes}")
         if _LIBRARY.exists():  # it is not where there was no compiler: then there are no native programs either
-            held = _Context(
-                mpi.all_gather, mpi.error_string, mpi.communicator, mpi.byte_type, mpi.handle_bytes, ranks
-            )
+            held = _Context(mpi.all_gather, mpi.error_string, mpi.communicator, mpi.byte_type, mpi.handle_bytes, ranks)
             _contexts.append(held)
             context = ctypes.addressof(held)
             native = {name: (_LIBRARY, name) for name in ("all_reduce", "all_gather_columns")}
@@ -114,9 +112,7 @@ def register(ranks: int, gather: Callable[[np.ndarray], Sequence[np.ndarray]], m
         namespace=NAMESPACE,
         **usual,
     )
-    plugins.register(
-        "AllGather", compute=all_gather, shapes=shape_of, fields=fields, namespace=NAMESPACE, **usual
-    )
+    plugins.register("AllGather", compute=all_gather, shapes=shape_of, fields=fields, namespace=NAMESPACE, **usual)
     plugins.register(
         COLUMNS,
         compute=columns_of,

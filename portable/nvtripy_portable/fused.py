@@ -195,7 +195,7 @@ def embedding(
         table: Rows (V, ...) in ``weight_dtype``, as a linear operation's weight, with ``table_scale``.
         position_table: Rows (C, ...) in ``position_dtype``, likewise, with ``position_scale``; None: nothing is added.
         prompts: Rows (P, width) of ids V to V + P - 1.
-        token_rows_of: Of a table that ranks share: the first row that is in ``table``, and how many are. Others are zeros.
+        token_rows_of: Of a table that ranks share: the first row that is in ``table``, and how many are; else zeros.
         position_rows_of: Likewise of ``position_table``.
     """
     steps = np.arange(idx.shape[1], dtype=np.int64)[None]
@@ -233,7 +233,7 @@ def shared_rows(
     width: int,
     dtype: DTypeLike,
 ) -> Array:
-    """Rows ``first`` to ``first + count - 1`` of a larger table, by ids (B, T) → (B, T, width); zeros for all others."""
+    """Rows ``first`` to ``first + count - 1`` of a larger table, by ids (B, T) → (B, T, width); zeros for others."""
     own = np.asarray(idx, np.int64) - first
     is_own = ((own >= 0) & (own < count))[..., None]
     own = np.clip(own, 0, count - 1)

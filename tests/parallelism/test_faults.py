@@ -17,7 +17,7 @@ from mpi_jobs import needs_mpi, run, start
 
 pytestmark = needs_mpi
 
-#: Each rank writes its process id, and then stays in a sum that rank 0 does not come to: in C, deaf to Python's signals.
+#: Each rank writes its process id; one waits in C then, deaf to Python's signals, for a sum that rank 0 never joins.
 STUCK = """
     import os, sys, time
     from pathlib import Path
@@ -133,7 +133,11 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("kind", "code", "reason"),
-    [("usage", 2, "something is wrong"), ("bug", 1, "ZeroDivisionError: something is wrong"), ("exit", 1, "has ended before the others")],
+    [
+        ("usage", 2, "something is wrong"),
+        ("bug", 1, "ZeroDivisionError: something is wrong"),
+        ("exit", 1, "has ended before the others"),
+    ],
 )
 def test_a_rank_that_raises(tmp_path: Path, rank: int, kind: str, code: int, reason: str) -> None:
     begin = time.monotonic()
@@ -155,6 +159,5 @@ def test_alone_it_says_how_to_start(tmp_path: Path) -> None:
     arguments = [sys.executable, "example.py", "--input-text", "x", "--tp-size", "2"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 2
-    assert done.stderr == (
-        "example.py: error: expected --tp-size to be the number of processes, 1, but got 2: start it with mpirun -np 2\n"
-    )
+    reason = "expected --tp-size to be the number of processes, 1, but got 2: start it with mpirun -np 2"
+    assert done.stderr == f"example.py: error: {reason}\n"

@@ -12,8 +12,6 @@ import pytest
 from compared_ranks import CASES
 from mpi_jobs import ROOT, errors, needs_mpi, run
 
-
-
 pytest.importorskip("nvtripy_portable._native", reason="the native executor is not built")
 pytestmark = needs_mpi
 
@@ -41,7 +39,6 @@ def test_every_family_and_mode(ranks: int) -> None:
 
 
 def text(*arguments: object) -> str:
-
 
     command = [sys.executable, "example.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

@@ -393,10 +393,9 @@ class _Lowering:
         if position_table is not None:
             form["positions"] = self._matrix(position_table, position_scale, attributes["position_dtype"], width)
         for name, rows in (("token", table), ("position", position_table)):
-            part = attributes.get(f"{name}_rows_of")
-            if part is not None:
-                _require(rows is not None and rows.type.shape[0] == part[1])
-                form[f"first_{name}"] = part[0]
+            if (part := attributes.get(f"{name}_rows_of")) is not None:
+                form[f"first_{name}"], count = part
+                _require(rows is not None and rows.type.shape[0] == count)
         for each in prompts:
             assert each is not None
             form["prompts"] = self._table(each)

@@ -34,7 +34,8 @@ def _build(bound: Bound, is_cut: bool, replaced: set[Operation]) -> list[Operati
     attributes = bound.operations["gathered"].attributes
     if (attributes["name"], attributes["namespace"]) != ("AllGather", collectives.NAMESPACE):
         return None
-    x, together, ranks = bound.values["x"], bound.operations["together"].results[0].type, len(attributes["fields"]["group"])
+    x, together = bound.values["x"], bound.operations["together"].results[0].type
+    ranks = len(attributes["fields"]["group"])
     shape, width, last = x.type.shape, x.type.shape[-1], x.type.rank - 1
     if not isinstance(width, int) or None in shape[:-1] or together.shape != (*shape[:-1], ranks * width):
         return None
