@@ -35,7 +35,14 @@ def run(graph: Graph) -> None:
 
 def run_waves(graph: Graph) -> None:
     """The cosines and sines that nothing was made of, and what follows from them."""
-    graph.operations = [each for operation in graph.operations for each in _folded(operation, _compute(operation))]
+    operations: list[Operation] = []
+    folded: set[Value] = set()
+    for operation in graph.operations:
+        follows = _is_wave(operation) or not folded.isdisjoint(filter(None, operation.operands))
+        values = _compute(operation) if follows else None
+        folded.update(operation.results if values is not None else ())
+        operations.extend(_folded(operation, values))
+    graph.operations = operations
 
 
 def _is_wave(operation: Operation) -> bool:
