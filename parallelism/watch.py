@@ -52,7 +52,7 @@ class Watch:
             host, port, token = share(None)
             connection = socket.create_connection((host, port), _CONNECT)
             self._peers[connection] = 0
-            self._send({"token": token, "rank": rank})
+            connection.sendall(_hello(token, rank))
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _accept(self, share: Callable[[Any], Any]) -> None:
@@ -64,11 +64,13 @@ class Watch:
             while len(self._peers) < len(self._hosts) - 1:
                 connection, _ = server.accept()
                 connection.settimeout(_CONNECT)
-                hello = json.loads(connection.makefile().readline() or "{}")
-                if hello.get("token") == token:
-                    self._peers[connection] = hello["rank"]
-                else:
+                # No more than this: what a rank says next may be here already.
+                hello = connection.recv(len(_hello(token, 0)), socket.MSG_WAITALL)
+                rank = next((rank for rank in range(len(self._hosts)) if hello == _hello(token, rank)), None)
+                if rank is None:  # somebody else's
                     connection.close()
+                else:
+                    self._peers[connection] = rank
 
     def leave(self) -> None:
         """Says that this rank has done its part: from now on nobody waits for it."""
@@ -149,6 +151,11 @@ class Watch:
         if self._rank == 0:
             self._send({"code": code, "moment": moment})
         _exit_at(moment, code)
+
+
+def _hello(token: str, rank: int) -> bytes:
+    """By which rank 0 knows who has connected, always of one length."""
+    return f"{token}{rank:08}".encode()
 
 
 def _exit_at(moment: float, code: int) -> NoReturn:

@@ -99,7 +99,7 @@ def test_a_rank_that_is_lost(
     job, pids = stuck
     begin = time.monotonic()
     os.kill(pids[rank], number)
-    _, stderr = job.communicate(timeout=20)
+    stdout, stderr = job.communicate(timeout=20)
     assert time.monotonic() - begin < (2 if number == signal.SIGSTOP else 0) + 5
     assert job.returncode != 0
     found = lines(stderr)
@@ -107,7 +107,7 @@ def test_a_rank_that_is_lost(
         [line] = found
         assert line.startswith(f"job.py: error: rank {rank} on ") and line.endswith(reason)
     else:  # the launcher has ended the others before they could say it, and says it itself
-        assert stderr
+        assert stdout or stderr
     assert not any(map(is_running, pids))
 
 
@@ -143,6 +143,7 @@ def test_a_rank_that_raises(tmp_path: Path, rank: int, kind: str, code: int, rea
     begin = time.monotonic()
     done = run(2, script(tmp_path, FAILING), rank, kind)
     assert time.monotonic() - begin < 10
+    assert len(lines(done.stderr)) == 1, (done.returncode, done.stdout, done.stderr)
     [line] = lines(done.stderr)
     assert line.startswith(f"job.py: error: rank {rank} on ") and line.endswith(reason)
     assert done.returncode == code
