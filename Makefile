@@ -44,7 +44,7 @@ $(VENV)/.runtime: $(VENV)/pyvenv.cfg requirements.txt requirements/nvtripy.txt $
 	@$(install) --no-deps -r requirements/nvtripy.txt >&2
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.runtime requirements/test.txt requirements/evaluate.txt requirements/demo.txt requirements/checkpoints.txt requirements/serve.txt requirements/summarize.txt
+$(VENV)/.test: $(VENV)/.runtime requirements/test.txt requirements/evaluate.txt requirements/demo.txt requirements/checkpoints.txt requirements/serve.txt requirements/summarize.txt requirements/distributed.txt
 	@echo "installing the tests' requirements in $(VENV)" >&2
 	@$(install) -r requirements/test.txt >&2
 	@touch $@

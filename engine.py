@@ -190,9 +190,16 @@ def config_of(checkpoint: Checkpoint, dtype: str, mapping: Mapping | None = None
             mapping.check(found)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from None
+        dimension = mapping.embedding_sharding_dim
+        if found.tie_word_embeddings and found.quant_embedding:  # its rows are the head's, which ranks share
+            if dimension == 1:
+                raise CheckpointError(
+                    f"{checkpoint.path}: expected embedding_sharding_dim 0, as the quantized embedding is the head, "
+                    "but got 1"
+                )
+            dimension = 0
         found = mapping.local(found)
-        shared = {"tp_size": mapping.tp_size, "tp_rank": mapping.tp_rank}
-        shared["embedding_sharding_dim"] = mapping.embedding_sharding_dim
+        shared = {"tp_size": mapping.tp_size, "tp_rank": mapping.tp_rank, "embedding_sharding_dim": dimension}
     names = GPTConfig.__dataclass_fields__
     return GPTConfig(
         **{name: value for name, value in asdict(found).items() if name in names},

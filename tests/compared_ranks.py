@@ -68,7 +68,7 @@ CASES: dict[str, tuple[CheckpointConfig, int | None]] = {
     "int8, head": (replace(GPT2, quant_mode="int8-weight-only", quant_lm_head=True), 1),
     "int8, head and embeddings": (
         replace(GPT2, quant_mode="int8-weight-only", quant_lm_head=True, quant_embedding=True),
-        0,
+        None,
     ),
     "int4": (replace(WIDE, quant_mode="int4-weight-only", quant_lm_head=True), None),
     "fp8": (replace(GPT2, quant_mode="fp8", quant_lm_head=True), None),
