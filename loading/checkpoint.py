@@ -165,9 +165,15 @@ class Checkpoint:
         with self._named():
             mapping.check(self.config)
             if self.config.quant_mode is not None or self.config.kv_cache_dtype is not None:
+                head = None
                 for name, array in self.parameters(dtype):
                     if mapping.is_of_stage(name, self.config.n_layer):
-                        yield name, np.ascontiguousarray(part_of(name, array, self.config, mapping))
+                        yield name, np.asarray(part_of(name, array, self.config, mapping), order="C")
+                    if name == "wte.weight" and self.config.tie_word_embeddings and not self.config.quant_lm_head:
+                        head = None if mapping.shares_embedding(self.config) else array
+                if head is not None and mapping.is_last_stage:
+                    head = part_of("lm_head.weight", head, self.config, mapping)
+                    yield "lm_head.weight", np.asarray(head, order="C")
                 return
             heads = []
             if self.config.tie_word_embeddings and not mapping.shares_embedding(self.config):
