@@ -26,14 +26,11 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 
@@ -41,21 +38,17 @@ import command_line
 from command_line import UsageError
 from conversion import PARAMETER_DTYPES, numpy_dtype
 from converting import arguments as rank_arguments
-from converting.rank_writer import RankWriter
-from converting.ranks import config_json
-from loading.families.tensorrt_llm import ALGORITHMS
+from converting import random_ranks
+from converting.random_numbers import BLOCK, Draw, drawn
+from converting.ranks import STORED
 from loading.opening import FAMILIES
-from loading.rank_layout import Whole, wholes
+from loading.rank_layout import Whole
 from loading.settings import Settings
 from output_folder import in_bytes, written_beside
 from parallelism.mapping import Mapping
 
-Label = TypeVar("Label")
-
 PROGRAM = "random_checkpoint.py"
 DEVIATION = 0.02
-BLOCK = 2**20  # numbers that are drawn together: what a thread holds at a time
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names
 _LARGEST = 2**31 - 1  # of a size
 
 
@@ -344,7 +337,7 @@ def _write_header(file: IO[bytes], shard: Sequence[Tensor], dtype: str) -> None:
     begin, itemsize = 0, numpy_dtype(dtype).itemsize
     for tensor in shard:
         end = begin + tensor.count * itemsize
-        header[tensor.name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[tensor.name] = {"dtype": STORED[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
@@ -354,44 +347,13 @@ def _write_header(file: IO[bytes], shard: Sequence[Tensor], dtype: str) -> None:
 def _blocks(shard: Sequence[Tensor], numbers: Iterator[int], dtype: str, seed: int) -> Iterator[np.ndarray]:
     """The bytes of tensors one after the other, block by block."""
 
-    def jobs() -> Iterator[tuple[None, int, float | None, tuple[int, int, int]]]:
+    def draws() -> Iterator[Draw[None]]:
         for tensor in shard:
             number = next(numbers)
             for block, begin in enumerate(range(0, tensor.count, BLOCK)):
-                yield None, min(BLOCK, tensor.count - begin), tensor.deviation, (seed, number, block)
+                yield Draw(None, min(BLOCK, tensor.count - begin), tensor.deviation, (seed, number, block))
 
-    return (block for _, block in _drawn(jobs(), dtype))
-
-
-def _drawn(
-    jobs: Iterator[tuple[Label, int, float | None, tuple[int, int, int]]], dtype: str
-) -> Iterator[tuple[Label, np.ndarray]]:
-    """What `_draw` gives for each job, and what the job is called; a few are drawn ahead, by several threads."""
-    threads = min(os.cpu_count() or 1, 16)
-    ahead: deque[tuple[Label, Future[np.ndarray]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for label, count, deviation, place in jobs:
-            ahead.append((label, pool.submit(_draw, count, deviation, place, dtype)))
-            if len(ahead) > threads:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        while ahead:
-            first, future = ahead.popleft()
-            yield first, future.result()
-
-
-def _draw(count: int, deviation: float | None, place: tuple[int, int, int], dtype: str) -> np.ndarray:
-    """The bytes of `count` numbers of `dtype`: those of the block at that place, whoever draws it and when."""
-    if deviation is None:
-        return np.ones(count, numpy_dtype(dtype)).view(np.uint8)
-    seed, number, block = place
-    random = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, block, 0]))
-    values = random.standard_normal(count, np.float32)
-    values *= np.float32(deviation)
-    return values.astype(numpy_dtype(dtype), copy=False).view(np.uint8)
-
-
-# ---- writing ranks ---------------------------------------------------------------------------------------------------
+    return (block for _, block in drawn(draws(), dtype))
 
 
 def write_ranks(shape: Shape, folder: Path, mapping: Mapping, dtype: str = "float32", seed: int = 0) -> None:
@@ -409,42 +371,13 @@ def write_ranks(shape: Shape, folder: Path, mapping: Mapping, dtype: str = "floa
         mapping.check(settings)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    has_head_copy = settings.tie_word_embeddings and not mapping.shares_embedding(settings)
-    plan = list(wholes(settings, ALGORITHMS[None], has_head_copy))
-    writer = RankWriter(plan, settings, mapping, lambda _: _STORED[dtype])
-    with written_beside(folder, writer.size, "--output") as scratch:
-        _write_ranks(shape, scratch, plan, writer, dtype, seed)
-        for name, content in (
-            ("config.json", config_json(settings, mapping, dtype, None)),
-            ("generation_config.json", _generation(said)),
-        ):
-            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
+    def deviation_of(whole: Whole) -> float | None:
+        if whole.is_norm and whole.kind == "weight":
+            return None
+        return _residual(shape) if whole.of.endswith("c_proj.weight") else DEVIATION
 
-def _write_ranks(shape: Shape, folder: Path, plan: list[Whole], writer: RankWriter, dtype: str, seed: int) -> None:
-    from tqdm import tqdm
-
-    def jobs() -> Iterator[tuple[tuple[Whole, int], int, float | None, tuple[int, int, int]]]:
-        """Blocks of whole rows, each with the number of the first."""
-        for number, whole in enumerate(plan):
-            width = math.prod(whole.shape[1:])
-            step = max(1, BLOCK // width)
-            if whole.of == "lm_head.weight" and shape.tied:  # the embedding once more
-                number = 0
-            for block, row in enumerate(range(0, whole.shape[0], step)):
-                rows = min(step, whole.shape[0] - row)
-                yield (whole, row), rows * width, _deviation(shape, whole), (seed, number, block)
-
-    with writer.opened(folder), tqdm(total=writer.size, desc=PROGRAM, unit="B", unit_scale=True) as progress:
-        for (whole, row), block in _drawn(jobs(), dtype):
-            values = block.view(numpy_dtype(dtype)).reshape(-1, *whole.shape[1:])
-            progress.update(writer.write(whole, values, row))
-
-
-def _deviation(shape: Shape, whole: Whole) -> float | None:
-    if whole.kind == "bias":
-        return DEVIATION
-    return None if whole.is_norm else _residual(shape) if whole.of.endswith("c_proj.weight") else DEVIATION
+    random_ranks.write(settings, mapping, folder, dtype, seed, _generation(said), deviation_of)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

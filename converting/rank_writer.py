@@ -96,7 +96,8 @@ class RankWriter:
             for rank, (header, size) in enumerate(zip(self._headers, self._sizes, strict=True)):
                 file = os.open(folder / rank_file(rank), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                 self._files.append(file)
-                os.truncate(file, size)
+                with _named(rank):
+                    os.truncate(file, size)
                 self._put(rank, header, 0)
             yield
         finally:
@@ -137,7 +138,17 @@ class RankWriter:
             content = np.ascontiguousarray(content).reshape(-1).view(np.uint8).data.cast("B")
         view = memoryview(content)
         size = len(view)
-        while view:
-            written = os.pwrite(self._files[rank], view, offset)
-            view, offset = view[written:], offset + written
+        with _named(rank):
+            while view:
+                written = os.pwrite(self._files[rank], view, offset)
+                view, offset = view[written:], offset + written
         return size
+
+
+@contextlib.contextmanager
+def _named(rank: int) -> Iterator[None]:
+    """What the system says of a file by its number is said with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, rank_file(rank)) from error

@@ -182,7 +182,7 @@ def _tensors(conversion: Conversion, plan: list[Whole]) -> Iterator[tuple[Whole,
 def _parameters(conversion: Conversion) -> Iterator[tuple[str, np.ndarray]]:
     """The model's parameters and scales, by their names: integers for weights that are quantized, (out, in)."""
     checkpoint, config = conversion.checkpoint, conversion.config
-    quantizes = conversion.algorithm is not None
+    quantizes = conversion.algorithm is not None or config.kv_cache_dtype is not None
     dtype = numpy_dtype(conversion.dtype)
     weight: np.ndarray | None = None  # that waits for its scale
     for name, values in checkpoint.parameters("float32" if quantizes else conversion.dtype):

@@ -22,6 +22,8 @@ PROGRAMS = (
     "random_checkpoint",
     "convert_checkpoint",
     "converting.arguments",
+    "converting.random_ranks",
+    "converting.random_numbers",
     "converting.ranks",
     "converting.weight_only",
     "converting.rank_writer",

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from selection import partly_slow
 
 import random_checkpoint
+from converting import random_numbers
 from parallelism.mapping import Mapping
 from random_checkpoint import ARCHITECTURES, DEVIATION, PRESETS, Shape, tensors, write, write_ranks
 from weight_loader import open_checkpoint
@@ -163,7 +164,7 @@ def test_ranks_hold_one_model(tmp_path: Path, name: str) -> None:
 
 def test_blocks_of_rows_are_of_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of many blocks, of which ranks have some rows, or some columns of each row."""
-    monkeypatch.setattr(random_checkpoint, "BLOCK", 1000)
+    monkeypatch.setattr(random_numbers, "BLOCK", 1000)
     for tp_size in (1, 4):
         write_ranks(SHAPES["llama"], tmp_path / f"{tp_size}", Mapping(tp_size, embedding_sharding_dim=0))
     one, four = (dict(open_checkpoint(tmp_path / f"{size}").parameters("float32")) for size in (1, 4))
@@ -300,8 +301,9 @@ sys.exit(random_checkpoint.main(sys.argv[1:]))
 """
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LIMITED, *GPT2, f"--output={tmp_path / 'new' / 'made'}"]
+@pytest.mark.parametrize("ranks", [[], ["--tp-size=2"]], ids=["plain", "ranks"])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, ranks: list[str]) -> None:
+    command = [sys.executable, "-c", LIMITED, *GPT2, *ranks, f"--output={tmp_path / 'new' / 'made'}"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

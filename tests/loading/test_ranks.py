@@ -22,7 +22,6 @@ from santacoder_files import santacoder
 from selection import partly_slow
 from tiny_checkpoints import byte_vocabulary, random_checkpoint
 
-import convert_checkpoint
 from converting.ranks import ConversionError, planned, write
 from converting.weight_only import rounded
 from loading.modelopt_layout import is_quantized
@@ -328,6 +327,28 @@ def test_blocks_are_shared_and_so_are_the_caches_scales(has_pre_quant_scale: boo
     check_equal(again, dict(source.parameters("float32")), "float32")
 
 
+def test_a_cache_that_is_quantized_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    random_model("gpt2").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {
+        name: values.T.copy() if "weight" in name and ("attn" in name or "mlp" in name) else values
+        for name, values in tensors.items()
+    }
+    scales = {f"transformer.h.{n}.attn.{w}_proj.{w}_scale": np.float32([1 / (3 + n)]) for n in (0, 1) for w in "kv"}
+    save_file({**tensors, **scales}, folder / "model.safetensors")
+    description = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(description))
+    source = open_checkpoint(folder)
+    found = convert(source, tmp_path / "made", Mapping(2, 2), dtype="float16")
+    assert found.config.kv_cache_dtype == "fp8" and found.config.quant_mode is None
+    for dtype in ("float16", "float32"):
+        read, expected = dict(found.parameters(dtype)), dict(source.parameters("float16"))
+        assert all(np.array_equal(read[name], expected[name]) for name in expected if not name.endswith("_scale"))
+    read, expected = dict(found.parameters("float32")), dict(source.parameters("float32"))
+    assert all(np.array_equal(read[name], expected[name]) for name in expected if name.endswith("_scale"))
+
+
 def test_an_odd_number_of_rows_in_int4(tmp_path: Path) -> None:
     """MLP widths of 3 for each of two ranks: of the rows in pairs, the last is by itself."""
     random_model("gpt2", n_inner=6).save_pretrained(tmp_path / "source")
@@ -345,10 +366,15 @@ def test_an_odd_number_of_rows_in_int4(tmp_path: Path) -> None:
 def test_parts_of_a_quantized_checkpoint(tmp_path: Path) -> None:
     source = open_checkpoint(quantized_folder(tmp_path / "source", "int8-weight-only"))
     whole = dict(source.parameters("float16"))
+    assert source.config.tie_word_embeddings and "lm_head.weight" not in whole
     for rank in range(2):
         mapping = Mapping(2, rank=rank)
-        for name, part in source.rank_parameters("float16", mapping):
-            assert np.array_equal(part, part_of(name, whole[name], source.config, mapping))
+        parts = dict(source.rank_parameters("float16", mapping))
+        assert parts.keys() == {*whole, "lm_head.weight"}
+        for name, part in parts.items():
+            values = whole.get(name, whole["wte.weight"])
+            assert np.array_equal(part, part_of(name, values, source.config, mapping)), name
+            assert part.shape != (1,) or values.shape == (1,)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -429,69 +455,6 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, path)
     assert "ties lm_head.weight to vocab_embedding.weight, but the stored values differ" in refusal(tmp_path / "made")
-
-
-# ---- the program -----------------------------------------------------------------------------------------------------
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    code = convert_checkpoint.main(list(map(str, arguments)))
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    return code, captured.err.replace("\r", "\n").splitlines()[-1]
-
-
-def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, folder = random_checkpoint(tmp_path / "source"), tmp_path / "a" / "made"
-    code, line = run(capsys, "--model-dir", source, "--tp-size=2", "--use-parallel-embedding", "--output-dir", folder)
-    size = sum(path.stat().st_size for path in folder.glob("rank*"))
-    assert (code, line) == (0, f"{folder}: 2 ranks (2 x 1) in float32, {size / 1e3:.1f} kB")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "rank0.safetensors",
-        "rank1.safetensors",
-        "tokenizer.json",
-    ]
-    said = json.loads((folder / "config.json").read_text())
-    assert said["mapping"] == {"world_size": 2, "tp_size": 2, "pp_size": 1}
-    assert (said["use_parallel_embedding"], said["embedding_sharding_dim"]) == (True, 0)
-    assert open_checkpoint(folder).config == open_checkpoint(source).config
-    assert list(folder.parent.iterdir()) == [folder]
-    code, line = run(capsys, "--model-dir", source, "--output-dir", folder)
-    assert code == 2 and line.endswith(f"expected --output-dir to be a folder that is not there yet, but {folder} is")
-
-
-WRONG: list[tuple[list[str], str]] = [
-    (["--tp-size=0"], "expected --tp-size to be at least 1 but got 0"),
-    (["--tp-size=3"], "expected tp_size to divide the 2 heads but got 3: 1 or 2 would do"),
-    (["--pp-size=2"], "expected pp_size to be at most 1, the number of layers, but got 2"),
-    (["--tp-size=64", "--pp-size=64"], "expected at most 1024 ranks but got 64 x 64"),
-    (["--embedding-sharding-dim=1"], "expected --embedding-sharding-dim with --use-parallel-embedding only"),
-    (["--quant-mode=fp8"], "argument --quant-mode: invalid choice: 'fp8'"),
-    (["--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
-    (["--model-dir=./nowhere"], "expected a checkpoint folder or file at './nowhere', but nothing is there"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    source = random_checkpoint(tmp_path / "source")
-    code, line = run(capsys, f"--model-dir={source}", *arguments, f"--output-dir={tmp_path / 'made'}")
-    assert code == 2 and line.startswith(f"convert_checkpoint.py: error: {message}")
-    assert list(tmp_path.iterdir()) == [source]
-
-
-def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = random_checkpoint(tmp_path / "source"), f"--output-dir={tmp_path / 'new' / 'made'}"
-    tensors = load_file(source / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] * 1e6}, source / "model.safetensors")
-    code, line = run(capsys, f"--model-dir={source}", "--dtype=float16", out)
-    assert code == 2 and "lm_head.weight holds" in line and "bfloat16 would hold it" in line
-    quantized = quantized_folder(tmp_path / "quantized", "int8-weight-only")
-    code, line = run(capsys, f"--model-dir={quantized}", "--quant-mode=int4-weight-only", out)
-    assert code == 2 and "expected a checkpoint that is not quantized yet" in line
-    assert not (tmp_path / "new").exists()
 
 
 def test_all_families_are_here() -> None:
