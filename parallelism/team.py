@@ -190,6 +190,9 @@ def team_of(tp_size: int, embedding_sharding_dim: int | None, timeout: float, pr
         UsageError: there are other processes than expected.
         NoMpi: there is no MPI.
     """
+    # MPICH looks a thousand times before it lets others have the core. Where somebody else needs it, the other rank among
+    # them, sums then take milliseconds; where nobody does, looking less eagerly costs nothing that could be measured.
+    os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the package is missing, or the library that it loads
