@@ -64,6 +64,21 @@ def test_a_text_is_the_same(arguments: tuple[object, ...], tmp_path: Path) -> No
     assert len({path.name.split("-rank")[1][0] for path in tmp_path.glob("*-rank*.engine")}) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [("--use-parallel-embedding",), ("--quant-mode", "int8-weight-only"), ("--quant-mode", "int4-weight-only")]
+)
+def test_ranks_read_their_own_files(how: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    convert = [sys.executable, "convert_checkpoint.py", "--tp-size", "2", *how, "--output-dir", str(folder)]
+    subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
+    model = ("--model-type", folder, "--no-engine-cache")
+    embedding = [each for each in how if each == "--use-parallel-embedding"]
+    done = run(2, "example.py", *PROMPT, *model, "--tp-size", 2, *embedding)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == text(*PROMPT, *model)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
