@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -96,9 +95,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     ranks.add_argument(
         "--rank-timeout",
         metavar="S",
-        type=float,
-        default=60.0,
-        help="end the job when a process is silent for S seconds (default %(default)g)",
+        type=int,
+        default=60,
+        help="end the job when a process is silent for S seconds (default %(default)s)",
     )
     parser.add_argument("--verbose", action="store_true", help="times and memory, on standard error")
     options = parser.parse_args(arguments)
@@ -111,6 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         top_k=(0, None),
         threads=(1, command_line.MAX_THREADS),
         tp_size=(1, None),
+        rank_timeout=(1, None),
     )
     check_ranks(options)
     if "" in options.stop:
@@ -155,8 +155,6 @@ def check_ranks(options: argparse.Namespace) -> None:
         raise UsageError("expected --use-parallel-embedding with --embedding-sharding-dim")
     if options.use_parallel_embedding and options.embedding_sharding_dim is None:
         options.embedding_sharding_dim = 0
-    if not 1 <= options.rank_timeout < math.inf:
-        raise UsageError(f"expected --rank-timeout to be at least 1 but got {options.rank_timeout:g}")
     for name in ("lora", "prompt_table"):
         if getattr(options, name):
             raise UsageError(f"expected --tp-size or --{name.replace('_', '-')} but got both")

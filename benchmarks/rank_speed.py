@@ -31,6 +31,7 @@ import command_line
 from engine import open_engine
 from nvtripy_portable.decoder import Decoder, Piece
 from parallelism.following import shared
+from parallelism.launcher import launch
 from parallelism.mapping import Mapping
 from parallelism.team import Team, guarded, team_of
 from weight_loader import Checkpoint, CheckpointError, open_checkpoint
@@ -91,10 +92,11 @@ def measure(team: Team, checkpoint: Checkpoint, rounds: int) -> None:
 
 def carry_out(options: argparse.Namespace) -> int:
     """Measures and prints, or follows the rank that does."""
-    from mpi4py import MPI
-
     native_module()
-    team = team_of(MPI.COMM_WORLD.size, None, 60, PROGRAM)
+    found = launch()
+    if found is None:
+        raise command_line.UsageError("expected several processes: start it with mpirun -np 2")
+    team = team_of(found.size, None, 60, PROGRAM)
     with guarded(team, CheckpointError):
         set_threads(1)  # before the runtime is first used
         checkpoint = open_checkpoint(model_files.checkpoint_folder(options.shape, options.width, options.cache))

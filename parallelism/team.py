@@ -32,6 +32,10 @@ _NUMBERS = 1024  # int32 of an announcement, at least: a step of one token fits
 _AWAKE = 0.002  # seconds that a rank looks for the next announcement before it takes naps
 _NAP = 0.0002
 
+#: Of MPICH and Open MPI: a rank that waits lets others have its core. Where somebody else needs it, the rank among them
+#: that is waited for, sums take milliseconds otherwise.
+_YIELDING = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+
 
 class Team:
     """The ranks of one model. Made by :func:`team_of`.
@@ -190,9 +194,8 @@ def team_of(tp_size: int, embedding_sharding_dim: int | None, timeout: float, pr
         UsageError: there are other processes than expected.
         NoMpi: there is no MPI.
     """
-    # MPICH looks a thousand times before it lets others have the core. Where somebody else needs it, the other rank among
-    # them, sums then take milliseconds; where nobody does, looking less eagerly costs nothing that could be measured.
-    os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
+    for name, value in _YIELDING.items():
+        os.environ.setdefault(name, value)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # the package is missing, or the library that it loads

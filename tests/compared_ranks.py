@@ -17,6 +17,7 @@ from engine import Engine, compile_model, config_of, load_model
 from loading.config import CheckpointConfig, parameter_shapes
 from nvtripy_portable.cpu.executor import Executor
 from nvtripy_portable.decoder import Decoder, Piece
+from parallelism.launcher import launch
 from parallelism.mapping import Mapping
 from parallelism.splitting import part_of
 from parallelism.team import Team, guarded, team_of
@@ -171,9 +172,8 @@ def compare(team: Team, name: str) -> None:
 
 
 if __name__ == "__main__":
-    from mpi4py import MPI
-
-    shared_by = team_of(MPI.COMM_WORLD.size, None, 60, "compared_ranks.py")
+    found = launch()
+    shared_by = team_of(1 if found is None else found.size, None, 60, "compared_ranks.py")
     with guarded(shared_by):
         for case in sys.argv[1:]:
             compare(shared_by, case)
