@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import nvtripy as tp
@@ -223,7 +225,21 @@ def even_columns(array: np.ndarray, layer: Linear | None) -> np.ndarray:
 @stderr_kept()
 def compile_model(gpt: GPT, batch: int) -> tp.Executable:
     """Compiles the cached forward for ``batch`` sequences and any number of tokens a call, up to the context."""
-    return tp.compile(gpt, args=_inputs(gpt.config, batch), kwargs=_prompts(gpt.config))
+    return tp.compile(forward_of(gpt), args=_inputs(gpt.config, batch), kwargs=_prompts(gpt.config))
+
+
+def forward_of(gpt: GPT) -> Callable[..., Any]:
+    """A model's forward, to be compiled: nvtripy 0.1.7 keeps what it has compiled for good, as the key of a cache of
+    signatures. This does not keep the model with it, which has to be there while it is compiled."""
+    module = weakref.ref(gpt)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        alive = module()
+        assert alive is not None
+        return alive(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(gpt.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def _prompts(config: GPTConfig) -> dict[str, tp.InputInfo]:

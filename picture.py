@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from command_line import UsageError
+from whole_file import written_whole
 
 SUFFIXES = (".png", ".svg")
 
@@ -40,19 +40,11 @@ def check(path: Path, requirements: str, option: str = "--plot") -> None:
 
 def write(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure as the format that ``path`` ends in, the same figure as the same bytes where
-    ``svg.hashsalt`` is set; beside its place first, so that it is never half-written.
+    ``svg.hashsalt`` is set.
 
     Raises:
         UsageError: it cannot be written.
     """
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        form = path.suffix.lower().removeprefix(".")
+    form = path.suffix.lower().removeprefix(".")
+    with written_whole(path) as partial:
         figure.savefig(partial, format=form, metadata={"Date": None} if form == "svg" else None)
-        os.chmod(partial, 0o644)  # mkstemp makes it for its owner alone
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        Path(partial).unlink(missing_ok=True)

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     interrupt.end_quietly()
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from adapters.lora import locate_lora
 from adapters.prompts import Prompt, read_prompts
 from command_line import UsageError
 from weight_loader import CheckpointError
+from whole_file import written_whole
 
 PROGRAM = "prompt_table.py"
 SUFFIXES = (".npy", ".safetensors")
@@ -62,13 +62,8 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from command_line import UsageError
+from whole_file import written_whole
 
 
 def say(message: str) -> None:
@@ -27,12 +28,10 @@ def check_json(path: Path | None) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Beside its place first, so that it is never half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    """All of it, or nothing.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    with written_whole(path) as partial:
         partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,19 +6,19 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import UsageError
 from evaluation.perplexity import bits_per_byte, nats_of, perplexity
 from evaluation.text import Tokens
 from evaluation.variants import Variant
 from evaluation.weights import compiled_weight_bytes
 from generation import LogitsError
 from weight_loader import Checkpoint
+from whole_file import written_whole
 
 if TYPE_CHECKING:
     import nvtripy as tp
@@ -80,7 +80,7 @@ def facts_of(
         perplexity=measured if math.isfinite(measured) else None,
         bits_per_byte=bits_per_byte(nats, tokens.predicted) if math.isfinite(measured) else None,
     )
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UsageError):
         _keep(facts, path)
     return facts
 
@@ -96,12 +96,6 @@ def _key(variant: Variant, checkpoint: Checkpoint, tokens: Tokens) -> str:
 
 
 def _keep(facts: Facts, path: Path) -> None:
-    """Writes beside the target and renames, so that an interrupted run leaves nothing half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(asdict(facts), file)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(asdict(facts)))

@@ -139,12 +139,12 @@ def stateless_model(gpt: GPT, tokens: int, num_windows: int) -> tuple[Callable[[
     """The compiled stateless forward, as :func:`negative_log_likelihoods` wants it, and its batch."""
     import nvtripy as tp
 
-    from engine import stderr_kept
+    from engine import forward_of, stderr_kept
 
     fitting = min(BATCH_TOKENS // tokens, BATCH_LOGITS // (tokens * gpt.config.vocab_size), num_windows)
     batch = max(1, fitting)
     with stderr_kept():
-        executable = tp.compile(gpt, args=[tp.InputInfo((batch, tokens), dtype=tp.int32)])
+        executable = tp.compile(forward_of(gpt), args=[tp.InputInfo((batch, tokens), dtype=tp.int32)])
 
     def logits_of(idx: np.ndarray) -> np.ndarray:
         logits = executable(tp.copy(tp.Tensor(idx), tp.device("gpu")))

@@ -178,6 +178,7 @@ PROGRAMS = (
     "machine",
     "text_file",
     "output_folder",
+    "whole_file",
     "command_line",
     "interrupt",
 )
@@ -192,6 +193,7 @@ SURFACE = {
     "nvtripy_portable.decoder.Decoder",
     "nvtripy_portable.decoder.Piece",
     "nvtripy_portable.decoder.Rows",
+    "nvtripy_portable.plugins",
     "nvtripy_portable.pages.PagePool",
     "nvtripy_portable.pages.PagesExhausted",
     "nvtripy_portable.unchanging.never_changes",
@@ -219,6 +221,7 @@ ROOMS = (
     "verify",
     "shape_inference",
     "fused",
+    "plugins",
     "reference",
     "graph",
     "packing",
@@ -228,7 +231,7 @@ ROOMS = (
 #: The rooms that know the compiled module.
 COMPILED = {"cpu": "_native", "sampling": "_native"}
 #: Outside the house: they make `import nvtripy` find it, and import none of its rooms.
-DOOR = ("__init__", "__main__", "importing", "stack_info")
+DOOR = ("__init__", "__main__", "importing", "plugin_tracing", "stack_info")
 
 #: What `mlir_tensorrt` means within the bindings.
 ALIASES = {"mlir_tensorrt": "nvtripy_portable.bindings"}

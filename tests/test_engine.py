@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -462,6 +464,15 @@ def test_nvtripys_own_call_gives_the_same(place: Path, monkeypatch: pytest.Monke
         last = np.full(batch, length - 1, np.int32)
         np.testing.assert_array_equal(public.step(tokens, position, last), direct.step(tokens, position, last))
         position = position + np.int32(length)
+
+
+def test_a_compiled_model_can_be_freed(place: Path) -> None:
+    checkpoint = open_checkpoint(place / "model")
+    gpt = engine_module.load_model(checkpoint, engine_module.config_of(checkpoint, "float32"))
+    executable, model = engine_module.compile_model(gpt, 1), weakref.ref(gpt)
+    del gpt
+    gc.collect()
+    assert model() is None and executable is not None
 
 
 def test_an_environment_that_asks_for_what_is_not_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

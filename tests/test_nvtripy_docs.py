@@ -36,7 +36,6 @@ TORCH_ON_CUDA = (
 
 #: The examples that cannot run here, and why.
 EXCEPTIONS = {
-    "frontend.ops.plugin.plugin[0]": "calls a TensorRT plug-in, which only TensorRT can run",
     **({} if torch.cuda.is_available() else dict.fromkeys(TORCH_ON_CUDA, "needs a torch with a CUDA device")),
 }
 

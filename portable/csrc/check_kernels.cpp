@@ -311,6 +311,66 @@ void check_streaming(const Kernels& kernels) {
     set_streaming({});
 }
 
+// The first input as it is, and the third times the constant: row by row, shared out among the threads.
+int both(const NvtripyPortableCall* call) {
+    if (nvtripy_portable_integer(call, "fails")) return 5;
+    const auto unit = [](int64_t row, void* argument) {
+        const auto* call = static_cast<const NvtripyPortableCall*>(argument);
+        const int64_t width = call->inputs[0].shape[1];
+        const auto* x = static_cast<const uint16_t*>(call->inputs[0].data) + row * width;
+        const auto* by = static_cast<const float*>(call->inputs[1].data);
+        const auto* z = static_cast<const float*>(call->inputs[2].data) + row * width;
+        for (int64_t i = 0; i < width; ++i) {
+            static_cast<uint16_t*>(call->outputs[0].data)[row * width + i] = x[i];
+            static_cast<float*>(call->outputs[1].data)[row * width + i] = z[i] * by[i];
+        }
+    };
+    call->each(call, call->inputs[0].shape[0], unit, const_cast<NvtripyPortableCall*>(call));
+    return 0;
+}
+
+// A plug-in of float16 and float32, and what follows it.
+void check_plugin(const Kernels& kernels, int64_t tokens, int64_t width) {
+    const std::vector<float> by = floats(width), bias = floats(width);
+    std::vector<float> x(static_cast<size_t>(tokens * width)), y(x.size()), z(x.size());
+    for (float& each : x) each = static_cast<float>(random_bits() % 64) / 8;  // which float16 holds
+    auto plugin = std::make_shared<Plugin>();
+    plugin->name = "both";
+    plugin->function = both;
+    plugin->has_rows = true;
+    plugin->inputs = {{0, Dtype::f16, nullptr, 0, {}}, {kNone, Dtype::f32, by.data(), 0, {width}}, {0, Dtype::f32, nullptr, 0, {}}};
+    plugin->outputs = {{1, Dtype::f16, nullptr, 0, {}}, {2, Dtype::f32, nullptr, 0, {}}};
+    Operation called, finish;
+    called.kind = Kind::plugin;
+    called.x = 0;
+    called.y = 1;
+    called.plugin = plugin;
+    finish.kind = Kind::finish;
+    finish.x = 1;
+    finish.y = 3;
+    finish.bias = bias.data();
+    finish.addend = 0;
+    finish.residual = 2;
+    finish.activation = Activation::relu;
+    Program program(kernels, {called, finish}, {kNone, 0, kNone, kNone}, {width, width, width, width}, {0}, {3, 2});
+    const auto run = [&] {
+        program.run({}, {}, {}, {{x.data(), tokens, 1}}, {{y.data(), tokens, 1}, {z.data(), tokens, 1}});
+    };
+    run();
+    for (size_t i = 0; i < x.size(); ++i) {
+        const size_t column = i % static_cast<size_t>(width);
+        expect("plug-in", kernels.name, z[i], double{x[i]} * by[column], 1);
+        expect("finish", kernels.name, y[i], std::max(2.0 * x[i] + bias[column], 0.0) + double{x[i]} * by[column], 1);
+    }
+    plugin->fields = {{"fails", std::vector<int64_t>{1}}};
+    try {
+        run();
+        expect("a plug-in that fails", kernels.name, 1, 0, 0);
+    } catch (const PluginError& error) {
+        if (std::string(error.what()) != "both: error 5") expect("a plug-in's error", kernels.name, 1, 0, 0);
+    }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -323,6 +383,8 @@ int main(int count, char** arguments) {
         for (const int threads : {1, 3}) {
             ThreadPool::instance().set_threads(threads);
             check_streaming(kernels);
+            for (const int64_t tokens : {1, 7})
+                for (const int64_t width : {1, 31, 130}) check_plugin(kernels, tokens, width);
             for (const Dtype from : {Dtype::f32, Dtype::f16, Dtype::bf16})
                 for (const int64_t count : {1, 15, 64, 131}) check_quantize(kernels, from, count);
             for (const int64_t count : {1, 127, 128, 129, 1000})

@@ -66,7 +66,9 @@ const std::map<std::string, Kind> kKinds = {{"norm", Kind::norm},
                                             {"low_rank", Kind::low_rank},
                                             {"embedding", Kind::embedding},
                                             {"last_rows", Kind::last_rows},
-                                            {"attention", Kind::attention}};
+                                            {"attention", Kind::attention},
+                                            {"plugin", Kind::plugin},
+                                            {"finish", Kind::finish}};
 const std::map<std::string, Dtype> kDtypes = {{"f32", Dtype::f32}, {"f16", Dtype::f16}, {"bf16", Dtype::bf16},
                                               {"i8", Dtype::i8},   {"i4", Dtype::i4},   {"f8e4m3fn", Dtype::f8}};
 const std::map<std::string, Activation> kActivations = {{"gelu_tanh", Activation::gelu_tanh},
@@ -262,7 +264,48 @@ private:
         if (has("activation")) operation.activation = look_up(kActivations, nb::cast<std::string>(form["activation"]), "activation");
         if (has("weight")) operation.weight = matrix(form["weight"]);
         if (has("positions")) operation.positions = matrix(form["positions"]);
+        if (has("plugin")) operation.plugin = std::make_shared<Plugin>(plugin(nb::cast<nb::dict>(form["plugin"])));
         return operation;
+    }
+
+    Plugin plugin(const nb::dict& form) {
+        Plugin result;
+        result.name = nb::cast<std::string>(form["name"]);
+        result.location = nb::cast<std::string>(form["location"]);
+        result.function = reinterpret_cast<NvtripyPortableFunction>(nb::cast<uintptr_t>(form["function"]));
+        result.context = reinterpret_cast<void*>(nb::cast<uintptr_t>(form["context"]));
+        result.has_rows = nb::cast<bool>(form["has_rows"]);
+        result.rank = nb::cast<int>(form["rank"]);
+        const auto tensors = [&](const char* key, std::vector<PluginTensor>& to) {
+            for (nb::handle each : nb::cast<nb::list>(form[key])) {
+                const auto given = nb::cast<nb::dict>(each);
+                PluginTensor& tensor = to.emplace_back();
+                if (given.contains("value")) {
+                    tensor.value = nb::cast<int>(given["value"]);
+                    tensor.dtype = look_up(kDtypes, nb::cast<std::string>(given["dtype"]), "dtype");
+                } else {
+                    tensor.data = array<void>(given["data"]);
+                    tensor.code = nb::cast<int32_t>(given["code"]);
+                    tensor.shape = nb::cast<std::vector<int64_t>>(given["shape"]);
+                }
+            }
+        };
+        tensors("inputs", result.inputs);
+        tensors("outputs", result.outputs);
+        for (nb::handle each : nb::cast<nb::list>(form["fields"])) {
+            const auto given = nb::cast<nb::tuple>(each);
+            PluginField& field = result.fields.emplace_back();
+            field.name = nb::cast<std::string>(given[0]);
+            switch (nb::cast<int>(given[1])) {
+                case NVTRIPY_PORTABLE_INTEGERS: field.values = nb::cast<std::vector<int64_t>>(given[2]); break;
+                case NVTRIPY_PORTABLE_NUMBERS: field.values = nb::cast<std::vector<double>>(given[2]); break;
+                default: {
+                    const auto text = nb::cast<nb::bytes>(given[2]);
+                    field.values = std::string(text.c_str(), text.size());
+                }
+            }
+        }
+        return result;
     }
 
     std::vector<Buffer> arrays_;
@@ -359,6 +402,7 @@ NB_MODULE(_native, module) {
             PyErr_SetString(PyExc_IndexError, error.what());
         }
     });
+    nb::exception<PluginError>(module, "PluginError", PyExc_RuntimeError);
     nb::class_<PythonProgram>(module, "Program", "A graph of fused operations with its constants, ready to run.")
         .def(nb::init<const std::string&, nb::list, nb::list, nb::list, std::vector<int>, std::vector<int64_t>,
                       std::vector<int>, std::vector<int>>(),

@@ -190,7 +190,16 @@ void Program::plan(Call& call, const Operation& operation, int64_t& shared) {
             }
             break;
         }
-        case Kind::norm: break;
+        case Kind::plugin: {
+            for (const PluginTensor& each : operation.plugin->inputs)
+                if (each.is_value() && value(each.value).rows() != y.rows())
+                    throw std::invalid_argument(operation.plugin->name + ": expected as many rows of every input");
+            for (const PluginTensor& each : operation.plugin->outputs) value(each.value) = {nullptr, y.batch, y.length, y.generated};
+            shared = std::max(shared, plugin_floats(*operation.plugin, y.rows()));
+            break;
+        }
+        case Kind::norm:
+        case Kind::finish: break;
     }
 }
 
@@ -259,6 +268,8 @@ void Program::execute(Call& call) {
                 case Kind::embedding: embedding(operation, call, pool); break;
                 case Kind::last_rows: last_rows(operation, call, pool); break;
                 case Kind::attention: attention(operation, call, pool); break;
+                case Kind::plugin: plugin(operation, pool); break;
+                case Kind::finish: finish(operation, pool); break;
             }
     });
 }

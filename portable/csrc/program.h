@@ -14,12 +14,13 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "plugin.h"
 #include "sequences.h"
 #include "thread_pool.h"
 
 namespace nvtripy_portable {
 
-enum class Kind : int { norm, linear, low_rank, embedding, last_rows, attention };
+enum class Kind : int { norm, linear, low_rank, embedding, last_rows, attention, plugin, finish };
 
 constexpr int kNone = -1;
 
@@ -61,6 +62,8 @@ struct Operation {
     Rounding rounding = Rounding::none;
     float k_scale = 1;
     float v_scale = 1;
+
+    std::shared_ptr<const Plugin> plugin;  // its first input that is a value is x, its first output y
 
     Linear linear() const {
         const bool fits = weight.dtype == Dtype::i8 || weight.dtype == Dtype::i4;
@@ -105,7 +108,7 @@ public:
     // Sequences of one length beside each other, as the graph has them: fills the outputs and writes the caches. Tokens are
     // generated ones where there is one of each sequence, else a prompt's. Everything is checked before anything is written.
     // Throws IndexError for token ids, positions and rows outside of their tables, std::invalid_argument for shapes that
-    // do not fit.
+    // do not fit, and PluginError where a plug-in fails: then caches have been written already.
     void run(const std::vector<IntegerInput>& integers, const std::vector<Cache>& caches, const std::vector<Table>& tables,
              const std::vector<FloatArray>& inputs, const std::vector<FloatArray>& outputs);
 
@@ -178,6 +181,9 @@ private:
     void embedding(const Operation& operation, const Call& call, ThreadPool& pool);
     void last_rows(const Operation& operation, const Call& call, ThreadPool& pool);
     void attention(const Operation& operation, Call& call, ThreadPool& pool);
+    void plugin(const Operation& operation, ThreadPool& pool);
+    int64_t plugin_floats(const Plugin& plugin, int64_t rows) const;  // of scratch memory
+    void finish(const Operation& operation, ThreadPool& pool);
 
     const Kernels& kernels_;
     std::vector<Operation> operations_;

@@ -18,6 +18,7 @@ from nvtripy_portable.passes import (
     linear,
     low_rank,
     merge_equal,
+    plugins,
     prompt_rows,
     rms_norm,
     rotary,
@@ -32,7 +33,9 @@ PASSES = (
     weights.run,
     rms_norm.run,
     low_rank.run,  # before linear operations take what is added to them for a residual
+    plugins.open_results,
     linear.run,
+    plugins.close_results,
     layer_norm.run,
     rotary.run,
     fold_constants.run_waves,

@@ -40,6 +40,7 @@ from nvtripy_portable.graph import DTYPES, Graph, TensorType, Value
 from nvtripy_portable.interpreter import ExecutionError
 from nvtripy_portable.pages import PagePool
 from nvtripy_portable.plan import Plan
+from nvtripy_portable.plugins import PluginError
 
 if TYPE_CHECKING:
     import nvtripy as tp
@@ -143,6 +144,8 @@ class Decoder:
             runner = compiled.runner()
         except ExecutionError as error:
             raise ValueError(str(error)) from None
+        if isinstance(runner, Executor) and not runner.lowered.takes_any_rows:
+            runner = Plan(compiled.graph)  # sequence by sequence
         if isinstance(runner, Executor):
             if len(runner.lowered.caches) != 1 or runner.lowered.floats:
                 return None
@@ -213,6 +216,7 @@ class Decoder:
         Raises:
             ValueError: a token id, a position or a row that is not in its table, or pages that do not hold the tokens.
                 The pages are as before then.
+            PluginError: a plug-in in the model failed. What these tokens' places in the pages hold is unknown then.
         """
         order = sorted(range(len(pieces)), key=lambda i: not pieces[i].generated)
         widest = max((len(piece.pages) for piece in pieces), default=0)
@@ -356,13 +360,7 @@ class _Roles:
         """None for a graph that is no decoder."""
         inputs = {entry.value for entry in graph.inputs}
         operations = {kind: [each for each in graph.operations if each.kind == kind] for kind in _KINDS}
-        if not all(operations.values()) or {each.kind for each in graph.operations} - _KINDS - {
-            "linear",
-            "low_rank",
-            "layer_norm",
-            "rms_norm",
-            "constant",
-        }:
+        if not all(operations.values()) or {each.kind for each in graph.operations} - _KINDS - _ROW_BY_ROW:
             return None
         caches = [value for value in inputs if value.type.rank == 6]
         arrays = [value for value in graph.outputs if value.type.rank == 2 and value.type.dtype == "f32"]
@@ -405,6 +403,7 @@ def _sizes(type: TensorType) -> tuple[int, ...]:
 
 
 _KINDS = {"embedding", "attention", "last_rows"}
+_ROW_BY_ROW = {"linear", "low_rank", "plugin", "finish", "layer_norm", "rms_norm", "constant"}
 
 
 class _Interpreted:
@@ -485,7 +484,7 @@ class _Interpreted:
         try:
             outputs = interpreter.run(self._plan, [given[each] for each in self._inputs])
         except ExecutionError as error:
-            raise ValueError(str(error)) from None
+            raise (PluginError if isinstance(error.__cause__, PluginError) else ValueError)(str(error)) from None
         is_first = self._outputs[0].type.rank == 2
         return outputs[not is_first][0], outputs[is_first][:, :, 0]
 

@@ -30,6 +30,29 @@ class Symbolic:
             parts.append("*".join(factors + list(symbols)))
         return " + ".join(parts)
 
+    # For shapes of plug-ins, which others write down; None where the result cannot be told.
+
+    def __add__(self, other: int | Symbolic) -> Dim:
+        return combine("kSUM", self, other)
+
+    def __radd__(self, other: int) -> Dim:
+        return combine("kSUM", other, self)
+
+    def __sub__(self, other: int | Symbolic) -> Dim:
+        return combine("kSUB", self, other)
+
+    def __rsub__(self, other: int) -> Dim:
+        return combine("kSUB", other, self)
+
+    def __mul__(self, other: int | Symbolic) -> Dim:
+        return combine("kPROD", self, other)
+
+    def __rmul__(self, other: int) -> Dim:
+        return combine("kPROD", other, self)
+
+    def __floordiv__(self, other: int | Symbolic) -> Dim:
+        return combine("kFLOOR_DIV", self, other)
+
 
 #: A number, an expression, or None where nothing is known.
 Dim = int | Symbolic | None

@@ -29,6 +29,7 @@ from nvtripy_portable.dims import Dim, Symbolic
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Bounds, Graph, GraphError, Input, Operation, TensorType, Value
 from nvtripy_portable.packing import pack_int4, unpack_int4
 from nvtripy_portable.plan import OPERATIONS, Plan
+from nvtripy_portable.plugins import calling
 
 _MAGIC = b"NVTPORT1"
 _PREFIX = struct.Struct("<8sQ32s")
@@ -123,6 +124,7 @@ def deserialize(data: bytes) -> Executable:
 
     Raises:
         FormatError: the bytes are anything else. Nothing in them is ever executed.
+        PluginError: it calls a plug-in that is not registered in this process.
     """
     if len(data) < _PREFIX.size:
         raise FormatError(f"expected an executable of at least {_PREFIX.size} bytes but got {len(data)}")
@@ -232,8 +234,11 @@ def _decode(header: dict[str, Any], constants: memoryview) -> Graph:
             raise FormatError(f"unknown operation {kind!r} with attributes {attributes}")
         operands = [None if index is None else value(index) for index in entry["operands"]]
         has_two_results = kind == "top_k" or (kind == "attention" and operands[1] is not None)
-        if len(result_types) != 1 + has_two_results:
+        num_results = len(attributes["output_info"]) if kind == "plugin" else 1 + has_two_results
+        if len(result_types) != num_results or num_results < 1:
             raise FormatError(f"{kind} cannot have {len(result_types)} results")
+        if kind == "plugin":
+            calling.check_counts(calling.of(attributes), len(operands), num_results)
         values.extend(graph.add(Operation(kind, operands, attributes, result_types, str(entry["location"]))).results)
     graph.outputs = [value(index) for index in header["outputs"]]
     return graph
@@ -285,4 +290,6 @@ def _decode_dim(entry: int | str | None) -> Dim:
 
 
 def _as_tuple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_tuple(each) for name, each in value.items()}
     return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value

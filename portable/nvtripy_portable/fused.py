@@ -111,6 +111,34 @@ def linear(
     return reference.cast(result, dtype=dtype)
 
 
+def finish(
+    x: Array,
+    bias: Array | None,
+    residual: Array | None,
+    addend: Array | None,
+    *,
+    activation: str | None,
+    dtype: DTypeLike,
+) -> Array:
+    """``activation(x + bias + addend) + residual``: of (..., N), what follows a linear operation's product, and a
+    plug-in.
+
+    Args:
+        bias: (N,).
+        residual, addend: As ``x``.
+        activation: A key of ``ACTIVATIONS``, or None.
+    """
+    result = _wide(x)
+    for each in (bias, addend):
+        if each is not None:
+            result = result + _wide(each)
+    if activation is not None:
+        result = ACTIVATIONS[activation](result)
+    if residual is not None:
+        result = result + _wide(residual)
+    return reference.cast(result, dtype=dtype)
+
+
 def _gated(wide: NDArray[np.float32], gate: str | None) -> NDArray[np.float32]:
     """``gate(first half) * second half`` of the last dimension; without a gate the same again."""
     width = wide.shape[-1] // 2
@@ -309,6 +337,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "linear": linear,
+    "finish": finish,
     "low_rank": low_rank,
     "embedding": embedding,
     "token_rows": token_rows,

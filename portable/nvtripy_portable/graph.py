@@ -155,11 +155,12 @@ class Graph:
         return names
 
     def remove_dead_operations(self) -> None:
-        """Drops every operation whose results nobody reads."""
+        """Drops every operation whose results nobody reads, unless it does more than compute them."""
         needed = set(self.outputs)
         kept: list[Operation] = []
         for operation in reversed(self.operations):
-            if any(result in needed for result in operation.results):
+            is_needed = any(result in needed for result in operation.results)
+            if is_needed or operation.attributes.get("has_effects"):
                 kept.append(operation)
                 needed.update(operand for operand in operation.operands if operand is not None)
         self.operations = kept[::-1]

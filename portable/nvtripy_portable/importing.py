@@ -1,13 +1,14 @@
 """Makes ``import nvtripy`` work where NVIDIA's compiled packages are missing.
 
-Three things happen, all through one finder on ``sys.meta_path``:
+Four things happen, all through one finder on ``sys.meta_path``:
 
 - ``mlir_tensorrt`` resolves to :mod:`nvtripy_portable.bindings`, but only after every other finder has failed: NVIDIA's
   own package wins wherever it is installed.
 - nvtripy imports ``tensorrt`` for nothing but a table of data types. Where it is missing, a stand-in with those names
   stands in ``sys.modules`` while nvtripy is being imported and not a moment longer: left behind, it breaks programs
   that probe for TensorRT (``torch._dynamo`` calls ``find_spec("tensorrt")``).
-- once nvtripy is imported, its stack capture is replaced by one that remembers (:mod:`nvtripy_portable.stack_info`).
+- once nvtripy is imported, its stack capture is replaced by one that remembers (:mod:`nvtripy_portable.stack_info`),
+- and its tracing of plug-ins by one that asks for no library of TensorRT's (:mod:`nvtripy_portable.plugin_tracing`).
 
 Every start of Python in the environment pays for what this module imports, so it does without importlib.abc, which
 brings half of the standard library along (20 ms): its classes are not needed, only their methods. What else takes time
@@ -49,10 +50,11 @@ class _BindingsFinder:
             return importlib.util.spec_from_file_location(
                 fullname, os.path.join(_BINDINGS, "__init__.py"), submodule_search_locations=[_BINDINGS]
             )
-        if fullname == "tensorrt" and _imported_by("nvtripy.frontend.ops.plugin_qdp", "nvtripy.trace.ops.plugin"):
+        if fullname == "tensorrt" and _imported_by("nvtripy.frontend.ops.plugin_qdp"):
             raise ImportError(
-                "TensorRT plug-ins need NVIDIA's tensorrt package: the portable runtime cannot run them. "
-                "Expected `import tensorrt` to succeed, but it is not installed.",
+                "quickly deployable plug-ins need NVIDIA's tensorrt package: expected `import tensorrt` to succeed, "
+                "but it is not installed. The portable runtime runs plug-ins that are called with output_info, and to "
+                "which nvtripy_portable.plugins.register gives a meaning.",
                 name="tensorrt",
             )
         return None
@@ -92,9 +94,10 @@ class _NvtripyLoader:
         finally:
             if stand_in is not None and sys.modules.get("tensorrt") is stand_in:
                 del sys.modules["tensorrt"]
-        from nvtripy_portable import stack_info
+        from nvtripy_portable import plugin_tracing, stack_info
 
         stack_info.install()
+        plugin_tracing.install()
 
     def __getattr__(self, name: str) -> object:
         # Resources, source text and the like: whatever the real loader offers (inspect and pkgutil ask for it).

@@ -11,9 +11,10 @@ import numpy as np
 
 from nvtripy_portable import fused, reference
 from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
+from nvtripy_portable.plugins import calling
 
 #: All operations that a graph may hold after the passes.
-OPERATIONS: dict[str, Callable[..., Any]] = reference.OPERATIONS | fused.OPERATIONS
+OPERATIONS: dict[str, Callable[..., Any]] = reference.OPERATIONS | fused.OPERATIONS | {"plugin": calling.run}
 
 
 def bind(operation: Operation, functions: Mapping[str, Callable[..., Any]] = OPERATIONS) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nvtripy_portable.dims import Dim, combine
 from nvtripy_portable.graph import Contents, GraphError, TensorType
+from nvtripy_portable.plugins import calling
 from nvtripy_portable.reference import CHANGED_VOLUME, NOT_CONFORMABLE, OUT_OF_BOUNDS, UNEQUAL_PARTS
 
 _COMPARISONS = {"kLESS", "kGREATER", "kEQUAL", "kOR", "kAND", "kXOR"}
@@ -288,6 +289,10 @@ def _resize(operands: list[Any], contents: list[Contents], attributes: dict[str,
     return [TensorType(data.dtype, tuple(scaled))]
 
 
+def _plugin(operands: list[Any], contents: list[Contents], attributes: dict[str, Any]) -> list[TensorType]:
+    return calling.infer(operands, attributes)
+
+
 _RULES: dict[str, _Rule] = {
     "activation": _same,
     "broadcast": _broadcast_to,
@@ -302,6 +307,7 @@ _RULES: dict[str, _Rule] = {
     "linspace": _linspace,
     "matrix_multiply": _matrix_multiply,
     "normalization": _normalization,
+    "plugin": _plugin,
     "pooling": _pooling,
     "quantize": _with_dtype,
     "reduce": _reduce,

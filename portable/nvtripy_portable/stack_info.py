@@ -4,8 +4,8 @@ nvtripy records the Python stack for every tensor it creates, so that errors can
 3.11+ its ``get_stack_info`` walks ``co_positions()`` of every frame's code object each time, about 2 ms a tensor: 0.8 s
 of tracing for each transformer layer. The column range depends on the code object and the line alone, so here it is
 computed once for each. When it compiles, nvtripy formats each of these stacks again, and parses every line of code in
-them: a frame's text, too, is computed once. This is the one place where nvtripy's internals are replaced; the records
-and texts that come out are equal to the original's.
+them: a frame's text, too, is computed once. nvtripy's internals are replaced here and in
+:mod:`nvtripy_portable.plugin_tracing` alone; the records and texts that come out are equal to the original's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import functools
 import sys
 from collections.abc import Hashable
 from types import CodeType
+
+from nvtripy_portable import plugin_tracing
 
 _MAX_STACK_DEPTH = 100  # nvtripy's own limit
 
@@ -38,6 +40,9 @@ def install() -> None:
         while frame is not None and len(records) < _MAX_STACK_DEPTH:
             code, line = frame.f_code, frame.f_lineno
             module = frame.f_globals.get("__name__")
+            if module == plugin_tracing.__name__:  # stands between nvtripy's frames, and is no line of the user's
+                frame = frame.f_back  # type: ignore[assignment]
+                continue
             is_dispatch = module == registry_module and code.co_name == "wrapper"
             records.append(
                 stack_info.SourceInfo(

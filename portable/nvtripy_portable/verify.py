@@ -55,7 +55,8 @@ def run(graph: Graph) -> None:
     """
     built: set[Value] = set()  # known when the engine is built
     for operation in graph.operations:
-        _check(operation, built)
+        if operation.kind != "plugin":  # what one takes is its own affair
+            _check(operation, built)
         if _is_built(operation, built):
             built.update(operation.results)
 
@@ -73,7 +74,7 @@ def _is_built(operation: Operation, built: set[Value]) -> bool:
     operands = operation.operands
     if operation.kind == "shape" and operands[0] is not None and operands[0].type.is_static:
         return True
-    return all(operand is None or operand in built for operand in operands)
+    return operation.kind != "plugin" and all(operand is None or operand in built for operand in operands)
 
 
 def _check(operation: Operation, built: set[Value] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +13,13 @@ from nvtripy_portable.cpu.lowering import Lowered, is_fused, lower
 from nvtripy_portable.cpu.versions import LOCK, Step, Version, raw
 from nvtripy_portable.graph import Graph
 from nvtripy_portable.interpreter import ExecutionError, where
+from nvtripy_portable.plugins import PluginError
 
 
 class Executor:
     """A graph's native program."""
 
-    def __init__(self, lowered: Lowered, module: object) -> None:
+    def __init__(self, lowered: Lowered, module: Any) -> None:
         self.lowered = lowered
         self._module = module
 
@@ -41,7 +43,8 @@ class Executor:
         """The graph's outputs: arrays, and of caches their next versions.
 
         Raises:
-            ExecutionError: a token id, a position or a row that is not in its table. Nothing is written then.
+            ExecutionError: a token id, a position or a row that is not in its table, or a plug-in that fails. The
+                inputs are as before then.
         """
         lowered = self.lowered
         results: list[np.ndarray | Version] = []
@@ -101,6 +104,8 @@ class Executor:
             self.lowered.program.run(integers, caches, tables, floats, outputs)
         except (IndexError, ValueError) as error:
             raise ExecutionError(f"{error}{where(self.lowered.location)}") from error
+        except self._module.PluginError as error:
+            raise ExecutionError(str(error)) from error
 
     def step(
         self,
@@ -118,11 +123,14 @@ class Executor:
 
         Raises:
             ValueError: a token id, a position or a row that is not in its table, or pages that do not hold the tokens.
+            PluginError: a plug-in failed.
         """
         try:
             self.lowered.program.step(tokens, segments, tables, rows, memory, page_tokens, adapters, empty, logits)
         except (IndexError, ValueError) as error:
             raise ValueError(f"{error}{where(self.lowered.location)}") from error
+        except self._module.PluginError as error:
+            raise PluginError(str(error)) from error
 
 
 def _array(value: np.ndarray | Version) -> np.ndarray:

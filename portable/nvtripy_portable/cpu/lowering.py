@@ -9,7 +9,10 @@ import numpy as np
 
 from nvtripy_portable import fused
 from nvtripy_portable.cpu import native, tuning
+from nvtripy_portable.cpu.plugin_forms import is_value, plugin_form
 from nvtripy_portable.graph import DTYPES, Graph, Operation, Value
+from nvtripy_portable.interpreter import where
+from nvtripy_portable.plugins import PluginError, calling
 
 _FLOATS = ("f32", "f16", "bf16")
 _CACHES = ("f32", "f16", "bf16", "i8")
@@ -44,6 +47,8 @@ class Lowered:
     lengths: list[tuple[int, int]]  # and which dimension of which input says how many rows
     outputs: list[Output]
     location: str  # of the operation that looks indices up
+    plugins: list[Any]  # what keeps native functions where they are
+    takes_any_rows: bool  # whether nothing but attention tells one sequence from another
 
 
 class _CannotRun(Exception):
@@ -70,9 +75,9 @@ def lower(graph: Graph, module: Any) -> Lowered | None:
 
 
 def is_fused(graph: Graph) -> bool:
-    """Whether a graph has no operations but fused ones."""
+    """Whether a graph has no operations but fused ones and plug-ins."""
     kinds = {operation.kind for operation in graph.operations} - {"constant"}
-    return bool(kinds) and kinds <= set(fused.OPERATIONS)
+    return bool(kinds) and kinds <= {*fused.OPERATIONS, "plugin"}
 
 
 def _require(condition: bool) -> None:
@@ -100,6 +105,8 @@ class _Lowering:
         self.norms: dict[Value, Operation] = {}  # that the one linear operation after them does
         self.frequencies: dict[bytes, np.ndarray] = {}
         self.location = ""
+        self.plugins: list[Any] = []
+        self.takes_any_rows = True
         for operation in graph.operations:
             if operation.kind != "constant":
                 getattr(self, f"_{operation.kind}")(operation)
@@ -144,27 +151,27 @@ class _Lowering:
             self.lengths,
             outputs,
             self.location,
+            self.plugins,
+            self.takes_any_rows,
         )
 
     def _buffers(self, outputs: list[Value]) -> list[int]:
         """For each value the number of its buffer: one is free again after its value was read for the last time."""
         given = {self.values[value] for value in outputs}
         given |= {self.values[self.graph.inputs[each].value] for each in self.floats}
-        keys = ("x", "residual", "addend")
-        reads = [(form[key], step) for step, form in enumerate(self.forms) for key in keys if key in form]
-        last_read = dict(reads)  # the last of each
+        last_read = {value: step for step, form in enumerate(self.forms) for value in _read(form)}
         buffers = [-1] * len(self.widths)
         free: list[int] = []
         count = 0
         for step, form in enumerate(self.forms):
-            value = form["y"]
-            if value not in given:
-                if not free:
-                    free.append(count)
-                    count += 1
-                buffers[value] = free.pop()
-            for each in {value, *(form.get(key, -1) for key in keys)}:
-                if each >= 0 and buffers[each] >= 0 and last_read.get(each, step) <= step:
+            for value in _written(form):
+                if value not in given:
+                    if not free:
+                        free.append(count)
+                        count += 1
+                    buffers[value] = free.pop()
+            for each in {*_written(form), *_read(form)}:
+                if buffers[each] >= 0 and last_read.get(each, step) <= step:
                     free.append(buffers[each])
         return buffers
 
@@ -306,6 +313,47 @@ class _Lowering:
         form["y"] = self._result(operation, x, rows)
         self.forms.append(form)
 
+    def _finish(self, operation: Operation) -> None:
+        x, bias, residual, addend = operation.operands
+        number = self._float(x)
+        assert x is not None
+        width = self.widths[number]
+        form = {"kind": "finish", "x": number, "width": width, "activation": operation.attributes["activation"]}
+        form["bias"] = self._numbers(bias)
+        _require(form["bias"] is None or form["bias"].shape == (width,))
+        for name, value in (("residual", residual), ("addend", addend)):
+            if value is not None:
+                form[name] = self._float(value)
+                _require(self.widths[form[name]] == width and self.leading[value] == self.leading[x])
+        self.forms.append(form | {"y": self._result(operation, x, width)})
+
+    def _plugin(self, operation: Operation) -> None:
+        try:
+            plugin = calling.of(operation.attributes)
+        except PluginError:
+            raise _CannotRun from None  # and say so where it is called
+        form = plugin_form(plugin, operation, where(operation.location))
+        if form is None:
+            raise _CannotRun
+        values = [value for value in operation.operands if value is not None and is_value(value)]
+        for tensor, value in zip(form["inputs"], operation.operands, strict=True):
+            if "value" in tensor:
+                tensor["value"] = self._float(value)
+        like, rank = values[0], self.leading[values[0]][1] + 1
+        _require(all(self.leading[each] == self.leading[like] for each in values))
+        _require(plugin.rows is not False or rank <= 3)
+        for tensor, result in zip(form["outputs"], operation.results, strict=True):
+            width = result.type.shape[-1]
+            # Rows are told from each other by the dimensions before the last, which have to be the inputs'.
+            if result.type.shape[:-1] != like.type.shape[:-1] or not isinstance(width, int):
+                raise _CannotRun
+            self.leading[result] = self.leading[like]
+            tensor["value"] = self._add(result, width)
+        self.plugins.append(plugin)
+        self.takes_any_rows &= plugin.rows is not False
+        numbers = {"x": self.values[like], "y": self.values[operation.results[0]]}
+        self.forms.append({"kind": "plugin", **numbers, "plugin": form | {"rank": rank}})
+
     def _low_rank(self, operation: Operation) -> None:
         x, slot, down, up = operation.operands
         assert x is not None and down is not None and up is not None
@@ -426,6 +474,17 @@ class _Lowering:
 
     def _length(self, qkv: Value) -> tuple[int, int]:
         return self.leading[qkv][0], self.leading[qkv][1] - 1
+
+
+def _read(form: dict[str, Any]) -> list[int]:
+    """The values that an operation reads."""
+    if form["kind"] == "plugin":
+        return [each["value"] for each in form["plugin"]["inputs"] if "value" in each]
+    return [form[key] for key in ("x", "residual", "addend") if key in form]
+
+
+def _written(form: dict[str, Any]) -> list[int]:
+    return [each["value"] for each in form["plugin"]["outputs"]] if form["kind"] == "plugin" else [form["y"]]
 
 
 def _uses(graph: Graph) -> dict[Value, list[Operation | None]]:

@@ -72,6 +72,7 @@ class Step:
 
     def __init__(self, old: np.ndarray | Version, position: np.ndarray, length: int, native: Any) -> None:
         self._old: Version | None = None
+        self._native = native
         if isinstance(old, Version) and old._memory is not None and not old._exposed:
             self.memory = old._memory
             layers, two, batch, heads, _, size = old.shape
@@ -85,8 +86,11 @@ class Step:
             self.new = Version(self.memory, native)
 
     def take_back(self) -> None:
-        """Undoes the step. Its memory must not have been written into."""
+        """Undoes the step, even where a part of it has been written."""
         if self._old is not None:
+            saved, position = self._old._saved, self._old._position
+            assert saved is not None
+            self._native.exchange_rows(raw(self.memory), raw(saved), position, saved.shape[4], True)
             self._old._memory = self.memory
             self._old._newer = self._old._saved = self._old._position = None
 

@@ -1,8 +1,9 @@
 """What can be computed at compile time is: operations on constants, and shapes that turn out to be plain numbers.
 
-A result that would take more memory than its operands (a broadcast, say) is left to run time once it is large, and a
-``dequantize`` always is: its operand is the small form that the weights are meant to be kept in. Cosines and sines wait
-for :mod:`rotary <nvtripy_portable.passes.rotary>`, which can tell positions from angles, but not from these.
+A result that would take more memory than its operands (a broadcast, say) is left to run time once it is large. So is a
+``dequantize`` always, as its operand is the small form that the weights are meant to be kept in, and a plug-in, which
+may do anything. Cosines and sines wait for :mod:`rotary <nvtripy_portable.passes.rotary>`, which can tell positions
+from angles, but not from these.
 """
 
 from __future__ import annotations
@@ -34,7 +35,14 @@ def run(graph: Graph) -> None:
 
 def run_waves(graph: Graph) -> None:
     """The cosines and sines that nothing was made of, and what follows from them."""
-    graph.operations = [each for operation in graph.operations for each in _folded(operation, _compute(operation))]
+    operations: list[Operation] = []
+    folded: set[Value] = set()
+    for operation in graph.operations:
+        follows = _is_wave(operation) or not folded.isdisjoint(filter(None, operation.operands))
+        values = _compute(operation) if follows else None
+        folded.update(operation.results if values is not None else ())
+        operations.extend(_folded(operation, values))
+    graph.operations = operations
 
 
 def _is_wave(operation: Operation) -> bool:
@@ -72,7 +80,7 @@ def _known_contents(operation: Operation) -> list[np.ndarray] | None:
 
 def _compute(operation: Operation) -> list[np.ndarray] | None:
     """The results of an operation on constants."""
-    if operation.kind in ("constant", "dequantize"):
+    if operation.kind in ("constant", "dequantize", "plugin"):
         return None
     present = [operand for operand in operation.operands if operand is not None]
     if any(operand.constant is None for operand in present):

@@ -2,7 +2,8 @@
 adapter's product, activation, residual and casts.
 
 ``activation(round(gated(x) * pre_scale) @ rows.T + bias + addend) + residual``: what comes after the product is
-absorbed from the inside out, what comes before it from the outside in, so that nothing changes places.
+absorbed from the inside out, what comes before it from the outside in, so that nothing changes places. A ``finish``,
+which follows a plug-in, takes in what comes after it likewise.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from nvtripy_portable.rewrite import (
 )
 
 _BEFORE_PRODUCT = ("pre_scale", "input_dtype", "gate")  # what an input has gone through already
-_OPERANDS = ("x", "weight", "weight_scale", "bias", "residual", "pre_scale", "input_scale", "addend")
+_OPERANDS = {
+    "linear": ("x", "weight", "weight_scale", "bias", "residual", "pre_scale", "input_scale", "addend"),
+    "finish": ("x", "bias", "residual", "addend"),
+}
 
 
 def run(graph: Graph) -> None:
@@ -45,17 +49,19 @@ def run(graph: Graph) -> None:
         for name, pattern in _GATES.items()
         for kind in ("linear", "low_rank")
     ]
-    apply(graph, [*_BEFORE, *gates, *_AFTER])
+    after = [rule for kind in _OPERANDS for rule in _after(Op(kind, name="linear"))]
+    apply(graph, [*_BEFORE, *gates, *after])
 
 
 def _with(linear: Operation, **changes: Anything) -> Operation:
-    """A linear operation with other operands or attributes."""
-    operands = [changes.pop(name, operand) for name, operand in zip(_OPERANDS, linear.operands, strict=True)]
-    return Operation("linear", operands, {**linear.attributes, **changes}, [])
+    """A linear operation, or a ``finish``, with other operands or attributes."""
+    names = _OPERANDS[linear.kind]
+    operands = [changes.pop(name, operand) for name, operand in zip(names, linear.operands, strict=True)]
+    return Operation(linear.kind, operands, {**linear.attributes, **changes}, [])
 
 
 def _has(linear: Operation, *names: str) -> bool:
-    present = dict(zip(_OPERANDS, linear.operands, strict=True)) | linear.attributes
+    present = dict(zip(_OPERANDS[linear.kind], linear.operands, strict=True)) | linear.attributes
     return any(present[name] is not None for name in names)
 
 
@@ -176,7 +182,6 @@ def _output_cast(bound: Bound) -> list[Operation] | None:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-_LINEAR = Op("linear", name="linear")
 _QUANTIZED = Op("quantize", Any("x"), Constant("scale"), axis=None)
 _SCALED = binary("kPROD", Any("x"), Constant("by"), name="scaled")
 
@@ -218,15 +223,20 @@ _GATES = {
     for name, pattern in {**_activations(Any("gate")), "relu2": binary("kPROD", _RELU, _RELU)}.items()
 }
 
-_AFTER = (
-    Rule("bias", binary("kSUM", _LINEAR, Constant("bias")), _bias, exclusive=True),
-    Rule("an adapter's product", binary("kSUM", _LINEAR, Op("low_rank", name="addend")), _addend),
-    *(
-        Rule(name, pattern, functools.partial(_activation, name.partition(",")[0]), exclusive=True)
-        for name, pattern in _activations(_LINEAR).items()
-    ),
-    Rule("square of a relu", binary("kPROD", _LINEAR, _LINEAR), _squared_relu, exclusive=True),
-    Rule("residual", Op("element_wise", _LINEAR, Any("residual"), operation="kSUM"), _residual, exclusive=True),
-    Rule("residual before", Op("element_wise", Any("residual"), _LINEAR, operation="kSUM"), _residual, exclusive=True),
-    Rule("result in another type", Op("cast", _LINEAR), _output_cast, exclusive=True),
-)
+
+def _after(linear: Op) -> tuple[Rule, ...]:
+    """What follows a linear operation or a ``finish``."""
+    return (
+        Rule("bias", binary("kSUM", linear, Constant("bias")), _bias, exclusive=True),
+        Rule("an adapter's product", binary("kSUM", linear, Op("low_rank", name="addend")), _addend),
+        *(
+            Rule(name, pattern, functools.partial(_activation, name.partition(",")[0]), exclusive=True)
+            for name, pattern in _activations(linear).items()
+        ),
+        Rule("square of a relu", binary("kPROD", linear, linear), _squared_relu, exclusive=True),
+        Rule("residual", Op("element_wise", linear, Any("residual"), operation="kSUM"), _residual, exclusive=True),
+        Rule(
+            "residual before", Op("element_wise", Any("residual"), linear, operation="kSUM"), _residual, exclusive=True
+        ),
+        Rule("result in another type", Op("cast", linear), _output_cast, exclusive=True),
+    )

@@ -2,7 +2,7 @@
 
 Equal means: the same operation on the same operands with the same attributes; or, for small integer tensors, the same
 contents in terms of the input dimensions, however they were arrived at. The second merges the shape arithmetic that
-nvtripy repeats for every tensor.
+nvtripy repeats for every tensor. Of plug-ins nobody knows what they compute: each call of one stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def run(graph: Graph) -> None:
     kept: list[Operation] = []
     for operation in graph.operations:
         operation.operands = [replacement.get(each, each) if each is not None else None for each in operation.operands]
-        keys = _keys(operation)
+        keys = _keys(operation) if operation.kind != "plugin" else []
         equal = next((first[key] for key in keys if key in first), None)
         if equal is None:
             kept.append(operation)

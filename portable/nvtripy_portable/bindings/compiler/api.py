@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from mlir_tensorrt.compiler import ir
@@ -10,6 +11,7 @@ from mlir_tensorrt.runtime.api import Executable, MTRTException
 from nvtripy_portable import compiler
 from nvtripy_portable import executable as portable
 from nvtripy_portable.graph import GraphError
+from nvtripy_portable.plugins import PluginError, registry
 
 __all__ = [
     "CompilerClient",
@@ -46,7 +48,7 @@ def translate_mlir_to_executable(module: ir.Module) -> Executable:
 
 
 class PluginFieldType(Enum):
-    """TensorRT's plug-in field types, which nvtripy names when it builds a table; the values are never used."""
+    """TensorRT's plug-in field types."""
 
     FLOAT16 = 0
     FLOAT32 = 1
@@ -63,13 +65,38 @@ class PluginFieldType(Enum):
     INT4 = 12
 
 
+@dataclass(frozen=True)
 class PluginFieldInfo:
-    """Only an annotation in nvtripy."""
+    """What a plug-in's field takes: values of a type, ``length`` of them where that is not 0."""
+
+    type: PluginFieldType
+    length: int
+
+
+_FIELD_TYPES = {
+    "float16": PluginFieldType.FLOAT16,
+    "float32": PluginFieldType.FLOAT32,
+    "float64": PluginFieldType.FLOAT64,
+    "bfloat16": PluginFieldType.BF16,
+    "float8": PluginFieldType.FP8,
+    "int4": PluginFieldType.INT4,
+    "int8": PluginFieldType.INT8,
+    "int16": PluginFieldType.INT16,
+    "int32": PluginFieldType.INT32,
+    "int64": PluginFieldType.INT64,
+    "text": PluginFieldType.CHAR,
+    "dims": PluginFieldType.DIMS,
+}
 
 
 def get_tensorrt_plugin_field_schema(name: str, version: str, namespace: str, extra: str) -> dict[str, PluginFieldInfo]:
-    # nvtripy imports `tensorrt` for the first plug-in of a process alone; the later ones come this far.
-    raise NotImplementedError(
-        "TensorRT plug-ins need NVIDIA's tensorrt package: the portable runtime cannot run "
-        f"{name!r} (version {version})"
-    )
+    """The fields of a plug-in that has a meaning here.
+
+    Raises:
+        MLIRError: it has none.
+    """
+    try:
+        plugin = registry.find(name, version, namespace)
+    except PluginError as error:
+        raise ir.MLIRError(str(error), str(ir.Location.current())) from None
+    return {each: PluginFieldInfo(_FIELD_TYPES[field.type], field.length) for each, field in plugin.fields.items()}

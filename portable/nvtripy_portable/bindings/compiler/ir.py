@@ -275,6 +275,9 @@ class DenseF32ArrayAttr:
 
 class DenseElementsAttr:
     @staticmethod
-    def get(array: np.ndarray, type: Type, shape: Sequence[int]) -> np.ndarray:
-        """A constant's elements, viewed, not copied: the compiler copies what survives its passes."""
+    def get(array: Any, type: Type | None = None, shape: Sequence[int] = ()) -> Any:
+        """A constant's elements, viewed, not copied: the compiler copies what survives its passes. Without a type, the
+        values of a plug-in's field."""
+        if type is None:
+            return tuple(array)
         return np.asarray(array).view(np.ndarray).astype(DTYPES[type.name], copy=False).reshape(tuple(shape))

@@ -17,6 +17,7 @@ from nvtripy_portable import executable as portable
 from nvtripy_portable.cpu.versions import Version
 from nvtripy_portable.graph import DTYPE_NAMES, DTYPES, Input
 from nvtripy_portable.interpreter import ExecutionError
+from nvtripy_portable.plugins import PluginError
 
 
 class MTRTException(Exception):
@@ -183,7 +184,7 @@ class Executable:
     def __init__(self, data: bytes) -> None:
         try:
             self.portable = portable.deserialize(data)
-        except portable.FormatError as error:
+        except (portable.FormatError, PluginError) as error:
             raise MTRTException(f"cannot load the executable: {error}") from None
 
     @classmethod

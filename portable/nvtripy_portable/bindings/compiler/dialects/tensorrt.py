@@ -14,6 +14,7 @@ import numpy as np
 from mlir_tensorrt.compiler import ir
 from nvtripy_portable import shape_inference, verify
 from nvtripy_portable.graph import DTYPE_NAMES, GraphError, Operation, TensorType, Value
+from nvtripy_portable.plugins import PluginError, calling
 
 
 class _EnumAttr:
@@ -332,5 +333,25 @@ def opaque_plugin(
     namespace: str,
     params: dict[str, Any],
     inputs: Sequence[Value],
-) -> Value:
-    raise NotImplementedError(f"TensorRT plug-in {name!r} (version {version}) cannot run on the portable runtime.")
+) -> Value | list[Value]:
+    """A call of a plug-in; ``params`` are the fields that are given."""
+    attributes = {
+        "name": name,
+        "version": version,
+        "namespace": namespace,
+        "fields": {each: _field(value) for each, value in params.items()},
+        "input_dtypes": tuple(each.type.dtype for each in inputs),
+        "output_info": tuple((each.rank, each.dtype) for each in results),
+    }
+    try:
+        plugin = calling.of(attributes)
+        calling.check_counts(plugin, len(inputs), len(results))
+    except PluginError as error:
+        raise ir.MLIRError(str(error), str(ir.Location.current())) from None
+    outputs = _emit("plugin", inputs, results, **attributes, has_effects=plugin.has_effects)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _field(value: Any) -> Any:
+    """The values of a field: nvtripy gives sizes as a list of lists, of which there is one."""
+    return value[0] if isinstance(value, tuple) and value and isinstance(value[0], tuple) else value
