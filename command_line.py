@@ -49,8 +49,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-type",
         metavar="NAME",
         default=EMBEDDED_CHECKPOINT,
-        help="a folder in HuggingFace's format, a .gguf or .nemo file, nanoGPT's ckpt.pt, or a hub name such as gpt2 "
-        "(default: the embedded checkpoint)",
+        help="a folder in HuggingFace's format or of ranks' files, a .gguf or .nemo file, nanoGPT's ckpt.pt, or a hub "
+        "name such as gpt2 (default: the embedded checkpoint)",
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit at the hub")
 

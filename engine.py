@@ -25,7 +25,10 @@ from weight_loader import Checkpoint
 
 #: The sources of what makes numbers of a checkpoint's files.
 _ROOT = Path(__file__).parent
-_READERS = [_ROOT / "conversion.py", *sorted((_ROOT / "loading").rglob("*.py"))]
+_READERS = [
+    _ROOT / "conversion.py",
+    *sorted(file for room in ("loading", "parallelism") for file in (_ROOT / room).rglob("*.py")),
+]
 
 
 @contextlib.contextmanager

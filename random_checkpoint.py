@@ -2,9 +2,11 @@
 
     python random_checkpoint.py --preset gpt2-xl --dtype float16 --output /tmp/gpt2-xl
     python random_checkpoint.py --architecture LlamaForCausalLM --n-layer 2 --n-embd 64 --n-head 4 --output /tmp/tiny
+    python random_checkpoint.py --preset gpt-175b --dtype float16 --tp-size 8 --output /tmp/gpt-175b
 
 The folder has config.json, generation_config.json and safetensors files, with an index where there are several; it has
-no tokenizer. The weights are drawn as GPT-2's are before training: normal, of deviation 0.02, divided by the root of
+no tokenizer. With `--tp-size` or `--pp-size` it has config.json and a file for each rank, as convert_checkpoint.py
+writes them. The weights are drawn as GPT-2's are before training: normal, of deviation 0.02, divided by the root of
 twice the number of layers where they add to the residual stream (Radford et al. 2019); norms are 1. Biases are drawn,
 too, so that a lost one is noticed. The same seed gives the same bytes, on any number of threads.
 
@@ -24,13 +26,8 @@ import argparse
 import itertools
 import json
 import math
-import os
-import shutil
 import sys
-import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -40,11 +37,18 @@ import numpy as np
 import command_line
 from command_line import UsageError
 from conversion import PARAMETER_DTYPES, numpy_dtype
+from converting import arguments as rank_arguments
+from converting import random_ranks
+from converting.random_numbers import BLOCK, Draw, drawn
+from converting.ranks import STORED
+from loading.opening import FAMILIES
+from loading.rank_layout import Whole
+from loading.settings import Settings
+from output_folder import in_bytes, written_beside
+from parallelism.mapping import Mapping
 
 PROGRAM = "random_checkpoint.py"
 DEVIATION = 0.02
-BLOCK = 2**20  # numbers that are drawn together: what a thread holds at a time
-_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names
 _LARGEST = 2**31 - 1  # of a size
 
 
@@ -279,34 +283,14 @@ def write(shape: Shape, folder: Path, dtype: str = "float32", seed: int = 0, sha
     Raises:
         UsageError: there is something at `folder`, or too little space on its disk.
     """
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise UsageError(f"expected --output to be a folder that is not there yet, but {folder} is")
-    beside = folder.absolute().parent
-    made = [path for path in (beside, *beside.parents) if not path.exists()]
-    itemsize = numpy_dtype(dtype).itemsize
-    size = sum(tensor.count for tensor in tensors(shape)) * itemsize
-    free = shutil.disk_usage(made[-1].parent if made else beside).free
-    if size > free:
-        raise UsageError(f"the checkpoint takes {_bytes(size)}, but at {beside} there are {_bytes(free)} free")
-    beside.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside))
-    try:
-        scratch.chmod(0o755)  # mkdtemp makes it for its owner alone
+    size = sum(tensor.count for tensor in tensors(shape)) * numpy_dtype(dtype).itemsize
+    with written_beside(folder, size, "--output") as scratch:
         _write_weights(shape, scratch, dtype, seed, shard_bytes, size)
         for name, content in (
             ("config.json", config(shape, dtype)),
             ("generation_config.json", _generation(config(shape, dtype))),
         ):
             (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for path in made:
-            try:
-                path.rmdir()
-            except OSError:  # it is not empty, nor are those above it
-                break
-        raise
 
 
 def _generation(config: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +337,7 @@ def _write_header(file: IO[bytes], shard: Sequence[Tensor], dtype: str) -> None:
     begin, itemsize = 0, numpy_dtype(dtype).itemsize
     for tensor in shard:
         end = begin + tensor.count * itemsize
-        header[tensor.name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[tensor.name] = {"dtype": STORED[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
@@ -361,35 +345,39 @@ def _write_header(file: IO[bytes], shard: Sequence[Tensor], dtype: str) -> None:
 
 
 def _blocks(shard: Sequence[Tensor], numbers: Iterator[int], dtype: str, seed: int) -> Iterator[np.ndarray]:
-    """The numbers of tensors one after the other, block by block; a few blocks are drawn ahead, by several threads."""
-    threads = min(os.cpu_count() or 1, 16)
-    ahead: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    """The bytes of tensors one after the other, block by block."""
+
+    def draws() -> Iterator[Draw[None]]:
         for tensor in shard:
             number = next(numbers)
             for block, begin in enumerate(range(0, tensor.count, BLOCK)):
-                count = min(BLOCK, tensor.count - begin)
-                ahead.append(pool.submit(_draw, count, tensor.deviation, (seed, number, block), dtype))
-                if len(ahead) > threads:
-                    yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+                yield Draw(None, min(BLOCK, tensor.count - begin), tensor.deviation, (seed, number, block))
+
+    return (block for _, block in drawn(draws(), dtype))
 
 
-def _draw(count: int, deviation: float | None, place: tuple[int, int, int], dtype: str) -> np.ndarray:
-    """The bytes of `count` numbers of `dtype`: those of the block at that place, whoever draws it and when."""
-    if deviation is None:
-        return np.ones(count, numpy_dtype(dtype)).view(np.uint8)
-    seed, number, block = place
-    random = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, block, 0]))
-    values = random.standard_normal(count, np.float32)
-    values *= np.float32(deviation)
-    return values.astype(numpy_dtype(dtype), copy=False).view(np.uint8)
+def write_ranks(shape: Shape, folder: Path, mapping: Mapping, dtype: str = "float32", seed: int = 0) -> None:
+    """Writes a file for each rank to a folder that is not there yet: the same model, however many ranks share it.
 
+    Args:
+        mapping: Of any of the ranks.
 
-def _bytes(count: int) -> str:
-    unit, size = next((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1)) if count >= size)
-    return f"{count / size:,.1f} {unit}"
+    Raises:
+        UsageError: the model cannot be shared so, there is something at `folder`, or too little space on its disk.
+    """
+    said = config(shape, dtype)
+    settings, _ = FAMILIES[said["model_type"]][1](Settings("config.json", said))
+    try:
+        mapping.check(settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+    def deviation_of(whole: Whole) -> float | None:
+        if whole.is_norm and whole.kind == "weight":
+            return None
+        return _residual(shape) if whole.of.endswith("c_proj.weight") else DEVIATION
+
+    random_ranks.write(settings, mapping, folder, dtype, seed, _generation(said), deviation_of)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -421,11 +409,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Shape, argp
     parser.add_argument("--untied", action="store_true", help="the head has weights of its own")
     parser.add_argument("--dtype", choices=PARAMETER_DTYPES, default="float32", help="default: float32")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help="largest file (default: 4)")
+    parser.add_argument("--shard-gb", type=float, metavar="GB", help="largest file, without ranks (default: 4)")
+    rank_arguments.add_arguments(parser)
     parser.add_argument("--output", type=command_line.path, metavar="DIR", required=True, help="a folder to be made")
     options = parser.parse_args(arguments)
     command_line.check_range(options, **dict.fromkeys(_SIZES, (1, _LARGEST)) | {"n_layer": (1, 9999)})
     command_line.check_range(options, seed=(0, 2**64 - 1))
+    if options.shard_gb is not None and rank_arguments.are_given(options):
+        raise UsageError("expected --shard-gb without ranks only: each of them has one file")
+    if options.shard_gb is None:
+        options.shard_gb = 4.0
     if not 1e-6 <= options.shard_gb < 1e9:
         raise UsageError(f"expected --shard-gb to be at least 0.000001 but got {options.shard_gb}")
     return _shape(options), options
@@ -469,10 +462,13 @@ def _check(shape: Shape) -> None:
 def run(arguments: Sequence[str] | None = None) -> None:
     """Carries out the command line."""
     shape, options = parse_arguments(arguments)
-    write(shape, options.output, options.dtype, options.seed, int(options.shard_gb * 1e9))
+    if rank_arguments.are_given(options):
+        write_ranks(shape, options.output, rank_arguments.mapping_of(options), options.dtype, options.seed)
+    else:
+        write(shape, options.output, options.dtype, options.seed, int(options.shard_gb * 1e9))
     count = sum(tensor.count for tensor in tensors(shape))
     size = count * numpy_dtype(options.dtype).itemsize
-    command_line.report(f"{options.output}: {count:,} parameters in {options.dtype}, {_bytes(size)}")
+    command_line.report(f"{options.output}: {count:,} parameters in {options.dtype}, {in_bytes(size)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

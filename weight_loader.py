@@ -52,10 +52,10 @@ def open_checkpoint(model_type: str | os.PathLike[str], revision: str | None = N
     """Find, download where needed, and validate a checkpoint. No weight is read yet.
 
     Args:
-        model_type: a folder in HuggingFace's format; nanoGPT's ckpt.pt, a .nemo archive or a .gguf file, or a folder
-            with one of them; or a hub name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2" or any
-            "organization/name", a repository of the first kind, or of nothing but one .nemo or .gguf file. A folder
-            of that name wins; an `os.PathLike` is always a path.
+        model_type: a folder in HuggingFace's format, or of ranks' files in TensorRT-LLM's; nanoGPT's ckpt.pt, a .nemo
+            archive or a .gguf file, or a folder with one of them; or a hub name: "gpt2", "gpt2-medium", "gpt2-large",
+            "gpt2-xl", "distilgpt2" or any "organization/name", a repository of HuggingFace's format, or of nothing but
+            one .nemo or .gguf file. A folder of that name wins; an `os.PathLike` is always a path.
         revision: branch, tag or commit at the hub (default "main"). Not for folders and files.
 
     The hub is reached through `huggingface_hub`, which honours HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN; what

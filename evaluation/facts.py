@@ -28,7 +28,7 @@ SOURCES = (
     "model.py",
     "engine.py",
     "conversion.py",
-    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "loading").rglob("*.py")),
+    *sorted(str(path.relative_to(ROOT)) for room in ("loading", "parallelism") for path in (ROOT / room).rglob("*.py")),
     *(f"evaluation/{name}.py" for name in ("perplexity", "weights")),
 )
 

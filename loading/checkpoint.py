@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from conversion import PARAMETER_DTYPES, numpy_dtype
+from conversion import PARAMETER_DTYPES, convert, numpy_dtype
 from loading import modelopt_layout, numbers
 from loading.containers.tensors import Stored
 from loading.errors import CheckpointError, listed
 from loading.fingerprint import content_pieces
 from loading.modelopt_layout import DESCRIPTION_FILE, Spec
 from loading.opening import open_path
+from loading.rank_folder import RankFolder
 from loading.table import Parameter, parameters
+from parallelism.mapping import Mapping
+from parallelism.splitting import part_of
 
 
 class Checkpoint:
@@ -145,6 +148,64 @@ class Checkpoint:
                         name = self.layout.cache_scale.format(layer, which)
                         scale = numbers.cache_scale(name, config, self._read, scaled_target)
                         yield f"h.{layer}.attn.{which}_scale", scale
+
+    def rank_parameters(self, dtype: str, mapping: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield a rank's part of every parameter that its stage has, by the whole model's names, in their order.
+
+        Of what is not quantized nothing else is read from the files; of a folder of ranks' files that is shared in the
+        same way, the rank's own file alone. A tied head that is more than the rank's part of the embedding
+        (`Mapping.shares_embedding`) comes last in the last stage, as "lm_head.weight".
+
+        Raises:
+            CheckpointError: as `parameters` does, or the model cannot be shared so.
+            ValueError: another `dtype`.
+        """
+        if dtype not in PARAMETER_DTYPES:
+            raise ValueError(f"expected dtype to be one of {', '.join(PARAMETER_DTYPES)}, got {dtype!r}")
+        with self._named():
+            mapping.check(self.config)
+            if self.config.quant_mode is not None or self.config.kv_cache_dtype is not None:
+                head = None
+                for name, array in self.parameters(dtype):
+                    if mapping.is_of_stage(name, self.config.n_layer):
+                        yield name, np.asarray(part_of(name, array, self.config, mapping), order="C")
+                    if name == "wte.weight" and self.config.tie_word_embeddings and not self.config.quant_lm_head:
+                        head = None if mapping.shares_embedding(self.config) else array
+                if head is not None and mapping.is_last_stage:
+                    head = part_of("lm_head.weight", head, self.config, mapping)
+                    yield "lm_head.weight", np.asarray(head, order="C")
+                return
+            heads = []
+            if self.config.tie_word_embeddings and not mapping.shares_embedding(self.config):
+                [embedding] = (each for each in self._parameters if each.name == "wte.weight")
+                heads = [replace(embedding, name="lm_head.weight")]
+            for parameter in [*self._parameters, *heads]:
+                if mapping.is_of_stage(parameter.name, self.config.n_layer):
+                    kind = "float32" if parameter.is_norm else dtype
+                    yield parameter.name, convert(parameter.name, self._part(parameter, mapping), numpy_dtype(kind))
+
+    def _part(self, parameter: Parameter, mapping: Mapping) -> np.ndarray:
+        """A rank's part of a parameter that is not quantized, as it is stored."""
+        tensors = self._tensors
+        if not isinstance(tensors, RankFolder) or not tensors.has_files_of(mapping):
+            return part_of(parameter.name, numbers.Unread(parameter, self._read), self.config, mapping)
+        if parameter.name == "lm_head.weight":
+            return tensors.part("lm_head.weight", mapping)
+        return np.concatenate([tensors.part(piece.name, mapping) for piece in parameter.pieces], parameter.axis)
+
+    def norms(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the parameters of norms, in float32, as `parameters` does."""
+        with self._named():
+            for parameter in self._parameters:
+                if parameter.is_norm:
+                    yield parameter.name, numbers.plain(parameter, self._read, numpy_dtype("float32"))
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type of `PARAMETER_DTYPES` that loses nothing of the embedding as it is stored."""
+        kinds = {"F16": "float16", "BF16": "bfloat16"}
+        header = self._tensors.tensors[self._stored_names[f"{self.layout.table['wte'].names[0]}.weight"]]
+        return kinds.get(header.dtype, "float32")
 
     def _in_order(self) -> list[Parameter]:
         """The parameters; a head that is quantized and stored beside the embedding that it shared is one of its own."""

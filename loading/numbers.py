@@ -7,6 +7,7 @@ scales. What is wrong with a number raises `ValueError` with a text that names t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,42 @@ def plain(parameter: Parameter, read: Read, dtype: np.dtype[Any]) -> np.ndarray:
     parts = [convert(piece.name, read(piece.name), dtype, piece.is_transposed) for piece in parameter.pieces]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, parameter.axis)
     return joined if parameter.order is None else joined[parameter.order]
+
+
+class Unread:
+    """A parameter that is not quantized, as stored numbers: an index of slices reads those rows and columns alone."""
+
+    def __init__(self, parameter: Parameter, read: Read) -> None:
+        self.shape = parameter.shape
+        self._parameter, self._read = parameter, read
+
+    def __getitem__(self, index: EllipsisType | slice | tuple[slice, ...]) -> np.ndarray:
+        axis, order = self._parameter.axis, self._parameter.order
+        given = () if index is ... else index if isinstance(index, tuple) else (index,)
+        wanted: list[Any] = [*given, *[slice(None)] * (len(self.shape) - len(given))]
+        first, last, _ = wanted[axis].indices(self.shape[axis])
+        if order is None:
+            parts = [values for _, values in self._pieces(wanted, np.arange(first, last))]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+        found = list(self._pieces(wanted, order[first:last]))
+        result = np.empty((last - first, *found[0][1].shape[1:]), found[0][1].dtype)
+        for are_here, values in found:
+            result[are_here] = values
+        return result
+
+    def _pieces(self, wanted: list[Any], places: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What each stored tensor has of these places along their common axis: which of them, and their values."""
+        axis, begin = self._parameter.axis, 0
+        for number, piece in enumerate(self._parameter.pieces):
+            are_here = (places >= begin) & (places < begin + piece.shape[axis])
+            if are_here.any() or (number == 0 and not len(places)):
+                rows: Any = places[are_here] - begin
+                if (np.diff(rows) == 1).all():  # one after the other: a view
+                    rows = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+                stored = self._read(piece.name)
+                values = stored.T if piece.is_transposed else stored
+                yield are_here, values[(*wanted[:axis], rows, *wanted[axis + 1 :])]
+            begin += piece.shape[axis]
 
 
 def taken_apart(parameter: Parameter, values: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -127,6 +164,12 @@ def unpacked(stored: np.ndarray, rows: int) -> np.ndarray:
     numbers[0::2] = (stored << 4).view(np.int8) >> 4
     numbers[1::2] = stored.view(np.int8) >> 4
     return numbers[:rows]
+
+
+def packed(numbers: np.ndarray) -> np.ndarray:
+    """What `unpacked` gives back: (rows, in) int8 from -8 to 7 → (rows / 2, in) uint8, an odd row with zeros."""
+    numbers = np.pad(numbers, ((0, len(numbers) % 2), (0, 0)))
+    return (numbers[0::2].view(np.uint8) & 0x0F) | (numbers[1::2].view(np.uint8) << 4)
 
 
 def has_small_scales(names: Collection[str], read: Read, dtype: np.dtype[Any]) -> bool:

@@ -18,10 +18,21 @@ from loading.containers.tensors import Tensors
 from loading.disk import is_file, look_at, read_json
 from loading.endings import ending_ids, ending_ids_of
 from loading.errors import CheckpointError, listed, shown
-from loading.families import gpt2, gpt_bigcode, gpt_next, llama, nemotron, santacoder, stablelm, starcoder2
+from loading.families import (
+    gpt2,
+    gpt_bigcode,
+    gpt_next,
+    llama,
+    nemotron,
+    santacoder,
+    stablelm,
+    starcoder2,
+    tensorrt_llm,
+)
 from loading.families.gguf_settings import Metadata
 from loading.hub import GENERATION_FILE
 from loading.modelopt_layout import DESCRIPTION_FILE, Description, read_description
+from loading.rank_opening import open_rank_folder
 from loading.settings import Settings
 from loading.table import Layout
 from tokenizing.sources import BytePairFiles, GgufTokenizer, MetaPickle, SentencePieceModel, TokenizerSource
@@ -142,11 +153,10 @@ def _open_nanogpt(path: Path) -> Opened:
 def _open_huggingface(folder: Path) -> Opened:
     path = folder / "config.json"
     raw = read_json(path)
+    if tensorrt_llm.is_meant(raw):
+        return _open_ranks(folder, raw)
     config, layout = _reader_of(path, raw)(Settings(path, raw))
-    ends = ending_ids(path, raw, config.vocab_size)
-    if is_file(folder / GENERATION_FILE):  # where there is one, it counts alone
-        ends = ending_ids(folder / GENERATION_FILE, read_json(folder / GENERATION_FILE), config.vocab_size)
-    config = replace(config, eos_token_ids=ends)
+    config = _with_ends(config, folder, ending_ids(path, raw, config.vocab_size))
     weights = WeightFolder(folder)
     description = None
     if is_file(folder / DESCRIPTION_FILE):
@@ -155,6 +165,19 @@ def _open_huggingface(folder: Path) -> Opened:
         except ValueError as error:
             raise CheckpointError(f"{folder / DESCRIPTION_FILE}: {error}") from None
     return Opened(config, layout, weights, weights.files, "config.json", description, folder)
+
+
+def _open_ranks(folder: Path, raw: dict[str, Any]) -> Opened:
+    config, tensors, description = open_rank_folder(folder, Settings(folder / "config.json", raw))
+    layout = tensorrt_llm.layout_of(config)
+    return Opened(_with_ends(config, folder, ()), layout, tensors, tensors.paths, "config.json", description, folder)
+
+
+def _with_ends(config: CheckpointConfig, folder: Path, ends: tuple[int, ...]) -> CheckpointConfig:
+    """The configuration with the tokens that end a text: where there is a file about generation, it counts alone."""
+    if is_file(folder / GENERATION_FILE):
+        ends = ending_ids(folder / GENERATION_FILE, read_json(folder / GENERATION_FILE), config.vocab_size)
+    return replace(config, eos_token_ids=ends)
 
 
 def _reader_of(path: Path, raw: dict[str, Any]) -> Reader:

@@ -71,7 +71,8 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
         add(_read_bytes(Path(__file__).parent / f"{source}.py"))
     if not is_of_transformers(checkpoint.path):  # what is in the files is told by our own readers then
         root = Path(__file__).parent.parent
-        for reader in (root / "conversion.py", *sorted((root / "loading").rglob("*.py"))):
+        rooms = (root / "loading", root / "parallelism")
+        for reader in (root / "conversion.py", *(file for room in rooms for file in sorted(room.rglob("*.py")))):
             add(_read_bytes(reader))
     add(repr(checkpoint.config.eos_token_ids).encode())
     for part in _tokenizer_parts(checkpoint.tokenizer_source):

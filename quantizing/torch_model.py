@@ -11,6 +11,7 @@ import numpy as np
 from loading import numbers
 from loading.checkpoint import Checkpoint
 from loading.disk import read_json
+from loading.families import tensorrt_llm
 from loading.table import Parameter, parameters
 from quantizing.counterpart import Counterpart, counterpart_of
 from quantizing.network import NETWORKS, Network
@@ -24,7 +25,10 @@ _ATTENTION = "eager"
 def is_of_transformers(path: Path) -> bool:
     """Whether transformers opens what is at a path that `Checkpoint` has read: a folder of one of its classes."""
     file = path / "config.json"
-    return file.is_file() and "attention_head_type" not in read_json(file)  # SantaCoder's class is none of its own
+    if not file.is_file():
+        return False
+    raw = read_json(file)
+    return "attention_head_type" not in raw and not tensorrt_llm.is_meant(raw)  # SantaCoder's class is none of its own
 
 
 def load_torch_model(folder: Path) -> Any:

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
+from selection import partly_slow
 
 import random_checkpoint
-from random_checkpoint import ARCHITECTURES, DEVIATION, PRESETS, Shape, tensors, write
+from converting import random_numbers
+from parallelism.mapping import Mapping
+from random_checkpoint import ARCHITECTURES, DEVIATION, PRESETS, Shape, tensors, write, write_ranks
 from weight_loader import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +139,40 @@ def test_a_seed_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len({start.tobytes() for start in starts}) == len(starts)
 
 
+@pytest.mark.parametrize("name", partly_slow(SHAPES, ["gpt2", "llama-untied"]))
+def test_ranks_hold_one_model(tmp_path: Path, name: str) -> None:
+    """The same, however many there are, of the scale and with the settings of the folder without ranks."""
+    shape = SHAPES[name]
+    write(shape, tmp_path / "plain", "float16")
+    plain = open_checkpoint(tmp_path / "plain")
+    wanted = dict(plain.parameters("float16"))
+    found: dict[str, Any] = {}
+    for tp_size, pp_size, dimension in ((1, 1, None), (2, 3, 0), (4, 2, 1)):
+        folder = tmp_path / f"{tp_size}"
+        write_ranks(shape, folder, Mapping(tp_size, pp_size, 0, dimension), "float16")
+        checkpoint = open_checkpoint(folder)
+        assert checkpoint.config.eos_token_ids == plain.config.eos_token_ids
+        assert checkpoint.config.n_inner == plain.config.n_inner and checkpoint.config.window == plain.config.window
+        read = dict(checkpoint.parameters("float16"))
+        assert list(read) == list(wanted)
+        for parameter, values in read.items():
+            assert values.shape == wanted[parameter].shape
+            assert np.array_equal(values, found.setdefault(parameter, values))
+            deviation, expected = (float(each.astype(np.float32).std()) for each in (values, wanted[parameter]))
+            assert deviation == pytest.approx(expected, rel=1 / math.sqrt(values.size) * 8)
+
+
+def test_blocks_of_rows_are_of_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of many blocks, of which ranks have some rows, or some columns of each row."""
+    monkeypatch.setattr(random_numbers, "BLOCK", 1000)
+    for tp_size in (1, 4):
+        write_ranks(SHAPES["llama"], tmp_path / f"{tp_size}", Mapping(tp_size, embedding_sharding_dim=0))
+    one, four = (dict(open_checkpoint(tmp_path / f"{size}").parameters("float32")) for size in (1, 4))
+    assert all(np.array_equal(values, four[name]) for name, values in one.items())
+    rows = one["wte.weight"]
+    assert len({row.tobytes() for row in rows}) == len(rows)
+
+
 PEAK = """
 import resource, sys
 import random_checkpoint
@@ -145,10 +182,15 @@ sys.exit(code)
 """
 
 
-def test_memory_does_not_grow_with_the_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ranks",
+    [[], pytest.param(["--tp-size=4", "--use-parallel-embedding"], marks=pytest.mark.slow)],
+    ids=["plain", "ranks"],
+)
+def test_memory_does_not_grow_with_the_size(tmp_path: Path, ranks: list[str]) -> None:
     peaks = []
     for width in (256, 2048):
-        sizes = ["--n-layer=2", f"--n-embd={width}", "--n-head=8", "--vocab-size=60000", "--shard-gb=0.2"]
+        sizes = ["--n-layer=2", f"--n-embd={width}", "--n-head=8", "--vocab-size=60000", *(ranks or ["--shard-gb=0.2"])]
         command = [sys.executable, "-c", PEAK, "--architecture=GPT2LMHeadModel", *sizes, "--dtype=float16"]
         folder = tmp_path / str(width)
         done = subprocess.run(
@@ -208,6 +250,11 @@ WRONG: list[tuple[list[str], str]] = [
     ([*GPT2, "--seed=-1"], "expected --seed to be at least 0 but got -1"),
     ([*GPT2, "--shard-gb=0"], "expected --shard-gb to be at least 0.000001 but got 0.0"),
     ([*GPT2, "--shard-gb=nan"], "expected --shard-gb to be at least 0.000001 but got nan"),
+    ([*GPT2, "--tp-size=3"], "expected tp_size to divide the 2 heads but got 3: 1 or 2 would do"),
+    ([*GPT2, "--pp-size=0"], "expected --pp-size to be at least 1 but got 0"),
+    ([*GPT2, "--pp-size=2"], "expected pp_size to be at most 1, the number of layers, but got 2"),
+    ([*GPT2, "--tp-size=2", "--shard-gb=1"], "expected --shard-gb without ranks only: each of them has one file"),
+    ([*GPT2, "--embedding-sharding-dim=1"], "expected --embedding-sharding-dim with --use-parallel-embedding only"),
     ([*GPT2, "--window=3"], "--window is for Starcoder2ForCausalLM, but the architecture is GPT2LMHeadModel"),
     ([*GPT2, "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
     (["--preset=santacoder", "--n-kv-head=4"], "expected --n-kv-head to be 1 or 16 for GPTBigCodeForCausalLM"),
@@ -254,8 +301,9 @@ sys.exit(random_checkpoint.main(sys.argv[1:]))
 """
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LIMITED, *GPT2, f"--output={tmp_path / 'new' / 'made'}"]
+@pytest.mark.parametrize("ranks", [[], ["--tp-size=2"]], ids=["plain", "ranks"])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, ranks: list[str]) -> None:
+    command = [sys.executable, "-c", LIMITED, *GPT2, *ranks, f"--output={tmp_path / 'new' / 'made'}"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
