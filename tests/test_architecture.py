@@ -182,8 +182,8 @@ PROGRAMS = (
     "picture",
     "machine",
     "text_file",
-    "whole_file",
     "output_folder",
+    "whole_file",
     "command_line",
     "interrupt",
 )

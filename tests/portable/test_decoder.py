@@ -120,7 +120,8 @@ class Sequence:
         self.prompt = prompt
 
     def alone(self, decoder: Decoder) -> list[bytes]:
-        """The prompt at once, then token by token, in pages of their own."""
+        """The prompt at once, then token by token, in pages of their own, on one thread."""
+        native.set_threads(1)
         table = decoder.pool.take(-(-len(self.tokens) // decoder.page_tokens))
         logits = list(decoder.step([Piece(self.tokens[: self.prompt], 0, table, rows=range(self.prompt))]))
         for at in range(self.prompt, len(self.tokens)):

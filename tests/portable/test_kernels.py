@@ -287,11 +287,20 @@ def test_attention_over_a_cache(isa: str, dtype: str, rounding: str | None, toke
         check_attention([tokens, *dtype.encode()], dtype, rounding, tokens, heads, heads, size, context)
 
 
-@pytest.mark.parametrize("tokens", partly_slow(TOKENS, (1, 3, 17)))
+_CACHES = [("f16", None), ("bf16", None), ("i8", "i8")]
+# What a window does is the same for every type of numbers: all of them meet all lengths in float32.
+_WINDOWS = [(window, "f32", None) for window in (None, 1, 5, 64, 100, 257, 1000)]
+_TYPES = [(window, dtype, rounding) for window in (None, 64) for dtype, rounding in _CACHES]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), partly_slow([("f32", None), ("f16", None), ("bf16", None), ("i8", "i8")], [("f32", None)])
+    ("window", "dtype", "rounding", "tokens"),
+    [
+        pytest.param(*case, tokens, marks=() if case in _WINDOWS and tokens in (1, 3, 17) else pytest.mark.slow)
+        for case, lengths in [*((each, TOKENS) for each in _WINDOWS), *((each, (1, 3, 8, 17, 64)) for each in _TYPES)]
+        for tokens in lengths
+    ],
 )
-@pytest.mark.parametrize("window", (None, 1, 5, 64, 100, 257, 1000))
 def test_attention_of_relatives(isa: str, window: int | None, dtype: str, rounding: str | None, tokens: int) -> None:
     """Groups of heads that share keys, windows shorter and longer than what is there, heads that turn in part."""
     for heads, groups, size, context, half in ((4, 1, 16, 600, 8), (6, 2, 20, 300, 3), (9, 3, 64, 320, 32)):
