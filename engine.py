@@ -17,20 +17,13 @@ import nvtripy as tp
 
 import model as model_module
 from engine_cache import EngineError, EngineFolder
+from loading.fingerprint import READERS
 from model import GPT, GPTConfig, Linear
 from nvtripy_portable import engine_file
 from nvtripy_portable.decoder import Decoder, Rows
 from nvtripy_portable.unchanging import never_changes
 from parallelism.mapping import Mapping
 from weight_loader import Checkpoint, CheckpointError
-
-#: The sources of what makes numbers of a checkpoint's files.
-_ROOT = Path(__file__).parent
-_READERS = [
-    _ROOT / "conversion.py",
-    *(_ROOT / "parallelism" / name for name in ("mapping.py", "splitting.py")),
-    *sorted((_ROOT / "loading").rglob("*.py")),
-]
 
 
 @contextlib.contextmanager
@@ -370,6 +363,6 @@ def _load(path: Path, config: GPTConfig, batch: int) -> tp.Executable:
 def _key(checkpoint: Checkpoint, config: GPTConfig, batch: int) -> str:
     """Identifies everything that an engine is made from, but the runtime, which checks its own files itself."""
     parts = [checkpoint.fingerprint(), repr(config), str(batch), tp.__version__]
-    for source in (str(model_module.__file__), __file__, *map(str, _READERS)):
+    for source in (str(model_module.__file__), __file__, *map(str, READERS)):
         parts.append(hashlib.sha256(Path(source).read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from converting import arguments as rank_arguments
 from converting import random_ranks
 from converting.random_numbers import BLOCK, Draw, drawn
 from converting.ranks import STORED
+from loading.containers.safetensors_file import header_of
 from loading.opening import FAMILIES
 from loading.rank_layout import Whole
 from loading.settings import Settings
@@ -300,7 +301,8 @@ def _generation(config: dict[str, Any]) -> dict[str, Any]:
 def _write_weights(shape: Shape, folder: Path, dtype: str, seed: int, shard_bytes: int, size: int) -> None:
     from tqdm import tqdm
 
-    shards = list(_shards(shape, numpy_dtype(dtype).itemsize, shard_bytes))
+    itemsize = numpy_dtype(dtype).itemsize
+    shards = list(_shards(shape, itemsize, shard_bytes))
     names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -309,7 +311,8 @@ def _write_weights(shape: Shape, folder: Path, dtype: str, seed: int, shard_byte
     with tqdm(total=size, desc=PROGRAM, unit="B", unit_scale=True, unit_divisor=1000) as progress:
         for name, shard in zip(names, shards, strict=True):
             with (folder / name).open("wb") as file:
-                _write_header(file, shard, dtype)
+                sized = ((each.name, STORED[dtype], each.shape, each.count * itemsize) for each in shard)
+                file.write(header_of(sized))
                 for block in _blocks(shard, numbers, dtype, seed):
                     file.write(block.data)
                     progress.update(block.nbytes)
@@ -329,19 +332,6 @@ def _shards(shape: Shape, itemsize: int, shard_bytes: int) -> Iterator[list[Tens
         shard.append(tensor)
         taken += tensor.count * itemsize
     yield shard
-
-
-def _write_header(file: IO[bytes], shard: Sequence[Tensor], dtype: str) -> None:
-    """The beginning of a safetensors file: its length in 8 bytes, then JSON (https://github.com/huggingface/safetensors)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin, itemsize = 0, numpy_dtype(dtype).itemsize
-    for tensor in shard:
-        end = begin + tensor.count * itemsize
-        header[tensor.name] = {"dtype": STORED[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    file.write(len(text).to_bytes(8, "little") + text)
 
 
 def _blocks(shard: Sequence[Tensor], numbers: Iterator[int], dtype: str, seed: int) -> Iterator[np.ndarray]:

@@ -6,18 +6,17 @@ The files' headers are known from the settings, so that no tensor has to be kept
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from conversion import numpy_dtype
 from loading.config import CheckpointConfig
+from loading.containers.safetensors_file import header_of
 from loading.containers.tensors import NUMPY_NAMES
 from loading.numbers import packed
 from loading.rank_folder import rank_file
@@ -68,22 +67,16 @@ class RankWriter:
 
     def _lay_out(self, own: Sequence[Whole], mapping: Mapping, dtype_of: Callable[[Whole], str]) -> None:
         """A rank's header, and where its tensors are."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at: list[tuple[str, int, int]] = []
-        begin = 0
-        for whole in own:
-            shape, item = whole.stored_shape(self._config, mapping), self._item_bytes(whole)
-            end = begin + math.prod(shape) * item
-            entry = {"dtype": dtype_of(whole), "shape": list(shape), "data_offsets": [begin, end]}
-            header[whole.stored_name(mapping, self._config.n_layer)] = entry
-            at.append((whole.name, begin, math.prod(shape[1:]) * item))
-            begin = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-        self._headers.append(len(text).to_bytes(8, "little") + text)
-        self._sizes.append(len(self._headers[-1]) + begin)
-        for name, offset, row_bytes in at:
-            self._places[name].append(_Place(mapping, len(self._headers[-1]) + offset, row_bytes))
+        shapes = [whole.stored_shape(self._config, mapping) for whole in own]
+        sizes = [math.prod(shape) * self._item_bytes(whole) for whole, shape in zip(own, shapes, strict=True)]
+        names = [whole.stored_name(mapping, self._config.n_layer) for whole in own]
+        self._headers.append(header_of(zip(names, map(dtype_of, own), shapes, sizes, strict=True)))
+        begin = len(self._headers[-1])
+        for whole, shape, size in zip(own, shapes, sizes, strict=True):
+            row_bytes = math.prod(shape[1:]) * self._item_bytes(whole)
+            self._places[whole.name].append(_Place(mapping, begin, row_bytes))
+            begin += size
+        self._sizes.append(begin)
 
     @contextlib.contextmanager
     def opened(self, folder: Path) -> Iterator[None]:

@@ -17,6 +17,7 @@ from evaluation.text import Tokens
 from evaluation.variants import Variant
 from evaluation.weights import compiled_weight_bytes
 from generation import LogitsError
+from loading.fingerprint import READERS
 from weight_loader import Checkpoint
 from whole_file import written_whole
 
@@ -25,11 +26,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
-    "model.py",
-    "engine.py",
-    "conversion.py",
-    *sorted(str(path.relative_to(ROOT)) for room in ("loading", "parallelism") for path in (ROOT / room).rglob("*.py")),
-    *(f"evaluation/{name}.py" for name in ("perplexity", "weights")),
+    *(ROOT / name for name in ("model.py", "engine.py", "evaluation/perplexity.py", "evaluation/weights.py")),
+    *READERS,
 )
 
 
@@ -88,7 +86,7 @@ def facts_of(
 def _key(variant: Variant, checkpoint: Checkpoint, tokens: Tokens) -> str:
     """Identifies everything that the facts depend on."""
     parts = [checkpoint.fingerprint(), variant.dtype, hashlib.sha256(tokens.ids.tobytes()).hexdigest()]
-    parts += [hashlib.sha256((ROOT / source).read_bytes()).hexdigest() for source in SOURCES]
+    parts += [hashlib.sha256(source.read_bytes()).hexdigest() for source in SOURCES]
     for package in ("nvtripy", "nvtripy-portable"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             parts.append(metadata.version(package))

@@ -1,4 +1,5 @@
-"""What of a weight file goes into a checkpoint's fingerprint: all of a small one, samples of a large one."""
+"""What of a weight file goes into a checkpoint's fingerprint: all of a small one, samples of a large one; and the
+programs that make numbers of it, for whoever keeps something that is made of those numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,14 @@ from pathlib import Path
 
 _FULLY_HASHED = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 256, 2**16
+
+_ROOT = Path(__file__).resolve().parent.parent
+#: The sources of what makes a model's numbers, or a rank's, of a checkpoint's files.
+READERS = (
+    _ROOT / "conversion.py",
+    *(_ROOT / "parallelism" / name for name in ("mapping.py", "splitting.py")),
+    *sorted((_ROOT / "loading").rglob("*.py")),
+)
 
 
 def content_pieces(path: Path) -> Iterable[bytes]:

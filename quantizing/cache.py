@@ -9,6 +9,7 @@ from pathlib import Path
 
 import machine
 from loading.checkpoint import Checkpoint
+from loading.fingerprint import READERS
 from loading.hub import GENERATION_FILE, TOKENIZER_FILES
 from quantizing.folders import REQUIREMENTS, check_source, quantize_checkpoint
 from quantizing.settings import CALIB_SIZE, QuantizationConfig, QuantizationError
@@ -70,9 +71,7 @@ def cache_name(checkpoint: Checkpoint, config: QuantizationConfig) -> str:
     for source in SOURCES:
         add(_read_bytes(Path(__file__).parent / f"{source}.py"))
     if not is_of_transformers(checkpoint.path):  # what is in the files is told by our own readers then
-        root = Path(__file__).parent.parent
-        rooms = (root / "loading", root / "parallelism")
-        for reader in (root / "conversion.py", *(file for room in rooms for file in sorted(room.rglob("*.py")))):
+        for reader in READERS:
             add(_read_bytes(reader))
     add(repr(checkpoint.config.eos_token_ids).encode())
     for part in _tokenizer_parts(checkpoint.tokenizer_source):

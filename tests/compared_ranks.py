@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from small_configs import GPT2
 
 from engine import Engine, compile_model, config_of, load_model
 from loading.config import CheckpointConfig, parameter_shapes
@@ -22,18 +23,6 @@ from parallelism.mapping import Mapping
 from parallelism.splitting import part_of
 from parallelism.team import Team, guarded, team_of
 
-GPT2 = CheckpointConfig(
-    vocab_size=97,
-    n_positions=30,
-    n_layer=2,
-    n_head=4,
-    n_embd=64,
-    n_inner=128,
-    activation_function="gelu_new",
-    layer_norm_epsilon=1e-5,
-    tie_word_embeddings=True,
-    eos_token_ids=(),
-)
 LLAMA = replace(
     GPT2,
     n_kv_head=2,

@@ -316,7 +316,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(random_checkpoint, "_write_header", interrupted)
+    monkeypatch.setattr(random_checkpoint, "header_of", interrupted)
     assert random_checkpoint.main([*GPT2, f"--output={tmp_path / 'new' / 'made'}"]) == 130
     assert not list(tmp_path.iterdir())
 

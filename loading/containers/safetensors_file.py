@@ -1,17 +1,35 @@
-"""A .safetensors file, memory-mapped."""
+"""A .safetensors file, memory-mapped; and how one begins, for those that write one piece by piece."""
 
 from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import EllipsisType
+from typing import Any
 
 import numpy as np
 
 from conversion import numpy_dtype
 from loading.containers.tensors import NUMPY_NAMES, Stored
 from loading.errors import CheckpointError, reason
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The beginning of a file: its length in 8 bytes, then JSON (https://github.com/huggingface/safetensors).
+
+    Args:
+        tensors: In their order in the file: name, type in safetensors' notation, shape, bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, dtype, shape, size in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + size]}
+        begin += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 class SafetensorsFile:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from compared_ranks import GPT2, decoder_of, logits_of
+from compared_ranks import decoder_of, logits_of
+from small_configs import GPT2
 
 from nvtripy_portable.decoder import Decoder, Piece
 

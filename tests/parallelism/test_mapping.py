@@ -5,22 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from small_configs import GPT2
 
 from loading.config import CheckpointConfig
 from parallelism.mapping import Mapping
 
-GPT2_XL = CheckpointConfig(
-    vocab_size=50257,
-    n_positions=1024,
-    n_layer=48,
-    n_head=25,
-    n_embd=1600,
-    n_inner=6400,
-    activation_function="gelu_new",
-    layer_norm_epsilon=1e-5,
-    tie_word_embeddings=True,
-    eos_token_ids=(),
-)
+GPT2_XL = replace(GPT2, vocab_size=50257, n_positions=1024, n_layer=48, n_head=25, n_embd=1600, n_inner=6400)
 LLAMA = replace(GPT2_XL, n_layer=5, n_head=12, n_kv_head=4, n_embd=48, n_inner=96, position_embedding="rotary")
 
 

@@ -8,30 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from small_configs import GPT2
 
 from loading.config import CheckpointConfig, parameter_shapes
 from parallelism.mapping import Mapping
 from parallelism.splitting import joined, part_of
 
-GPT2 = CheckpointConfig(
-    vocab_size=97,
-    n_positions=30,
-    n_layer=3,
-    n_head=8,
-    n_embd=32,
-    n_inner=64,
-    activation_function="gelu_new",
-    layer_norm_epsilon=1e-5,
-    tie_word_embeddings=False,
-    eos_token_ids=(),
-)
-GROUPED = replace(GPT2, n_kv_head=2, head_dim=6, n_inner=48, gated_mlp=True, position_embedding="rotary")
+UNTIED = replace(GPT2, n_layer=3, n_head=8, n_embd=32, n_inner=64, tie_word_embeddings=False)
+GROUPED = replace(UNTIED, n_kv_head=2, head_dim=6, n_inner=48, gated_mlp=True, position_embedding="rotary")
 CONFIGS = {
-    "gpt2": GPT2,
-    "multi-query": replace(GPT2, n_kv_head=1),
+    "gpt2": UNTIED,
+    "multi-query": replace(UNTIED, n_kv_head=1),
     "grouped, gated": GROUPED,
     "grouped, gated, no biases": replace(GROUPED, attention_bias=False, mlp_bias=False, norm="rms", vocab_size=101),
-    "four ranks of five rows": replace(GPT2, vocab_size=5, n_positions=9),
+    "four ranks of five rows": replace(UNTIED, vocab_size=5, n_positions=9),
 }
 MODES: dict[str | None, dict[str, Any]] = {
     None: {},
@@ -94,9 +84,9 @@ class Watched:
 def test_a_rank_reads_its_part_and_no_more() -> None:
     for rank in range(4):
         mapping = Mapping(4, rank=rank, embedding_sharding_dim=0)
-        for name, whole in tensors(GPT2).items():
+        for name, whole in tensors(UNTIED).items():
             watched = Watched(whole)
-            part = part_of(name, watched, GPT2, mapping)
+            part = part_of(name, watched, UNTIED, mapping)
             padding = part.shape[0] - min(25, 97 - 25 * rank) if name in ("wte.weight", "lm_head.weight") else 0
             if name == "wpe.weight":
                 padding = part.shape[0] - min(8, 30 - 8 * rank)

@@ -1,9 +1,8 @@
 """Plug-ins take away the casts in front of them, and what follows them becomes one operation.
 
 ``finish`` does to the result of a plug-in what a linear operation does to its product: bias, activation, residual and
-cast.
-So a plug-in in the middle of a model leaves it one native program. The plug-ins themselves stay where they are, in
-their order.
+cast. So a plug-in in the middle of a model leaves it one native program. The plug-ins themselves stay where they are,
+in their order.
 """
 
 from __future__ import annotations
